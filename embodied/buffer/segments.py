@@ -1,0 +1,195 @@
+"""Segment files: names, the header, records, and finding the next whole record after damage.
+
+A file is a header, then records at multiples of 8 bytes, then (until it is sealed) preallocated
+zeros. Record: magic, total length, sequence number, schema id, CRC32 of all but itself, payload.
+"""
+
+import os
+import re
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from embodied.core.errors import CorruptDataError
+
+FORMAT = 1
+RECORD_HEADER = struct.Struct("<4sIQII")
+FILE_HEADER = struct.Struct("<8sIIQII")
+FIRST_OFFSET = FILE_HEADER.size
+
+_MAGIC = b"\xe5REC"
+_FILE_MAGIC = b"EMBSEGM\xe5"
+_NAME = re.compile(r"(\d{8})\.seg(\.open)?")
+_CHECKED = RECORD_HEADER.size - 4
+_WINDOW = 1 << 20
+
+
+class Record(NamedTuple):
+    """One record: global sequence number, schema id, payload, and where it lies."""
+
+    seq: int
+    schema: int
+    payload: memoryview
+    segment: int
+    offset: int
+
+
+def record_size(payload_bytes: int) -> int:
+    """Bytes that a record takes up in a segment."""
+    length = RECORD_HEADER.size + payload_bytes
+    return length + -length % 8
+
+
+def segment_path(directory: Path, number: int, *, sealed: bool) -> Path:
+    """Path of a segment file."""
+    return directory / (f"{number:08d}.seg" if sealed else f"{number:08d}.seg.open")
+
+
+def list_segments(directory: Path) -> dict[int, bool]:
+    """Number → whether it is sealed, in ascending order; empty if there is no directory yet."""
+    try:
+        found = [match for name in os.listdir(directory) if (match := _NAME.fullmatch(name))]
+    except FileNotFoundError:
+        return {}
+    return dict(sorted((int(match[1]), match[2] is None) for match in found))
+
+
+def file_header(number: int, base_seq: int) -> bytes:
+    """Header of segment `number`, whose first record will have the sequence number base_seq."""
+    head = FILE_HEADER.pack(_FILE_MAGIC, FORMAT, number, base_seq, 0, 0)
+    return FILE_HEADER.pack(_FILE_MAGIC, FORMAT, number, base_seq, zlib.crc32(head), 0)
+
+
+def record_header(seq: int, schema: int, payload: list[memoryview]) -> bytes:
+    """Header of a record with this payload."""
+    length = RECORD_HEADER.size + sum(part.nbytes for part in payload)
+    crc = zlib.crc32(RECORD_HEADER.pack(_MAGIC, length, seq, schema, 0)[:_CHECKED])
+    for part in payload:
+        crc = zlib.crc32(part, crc)
+    return RECORD_HEADER.pack(_MAGIC, length, seq, schema, crc)
+
+
+class SegmentFile:
+    """Reads one segment by pread, so that a file truncated meanwhile reads short: no SIGBUS."""
+
+    def __init__(self, path: Path, number: int) -> None:
+        self.number = number
+        self._path = path
+        self._fd = os.open(path, os.O_RDONLY)
+        self._window = memoryview(b"")
+        self._start = 0
+
+    @property
+    def size(self) -> int:
+        """Present size of the file in bytes."""
+        return os.fstat(self._fd).st_size
+
+    @property
+    def deleted(self) -> bool:
+        """Whether the file has lost its name."""
+        return os.fstat(self._fd).st_nlink == 0
+
+    def base_seq(self) -> int | None:
+        """Sequence number in the file's header; None if the header is damaged or not written."""
+        head = os.pread(self._fd, FILE_HEADER.size, 0)
+        if len(head) < FILE_HEADER.size:
+            return None
+        magic, version, number, base_seq, crc, _ = FILE_HEADER.unpack(head)
+        blank = FILE_HEADER.pack(magic, version, number, base_seq, 0, 0)
+        if magic != _FILE_MAGIC or number != self.number or crc != zlib.crc32(blank):
+            return None
+        if version != FORMAT:
+            raise CorruptDataError(
+                f"{self._path} has log format {version}; this release reads format {FORMAT}: "
+                "install the release that wrote it"
+            )
+        return base_seq
+
+    def record_at(self, offset: int) -> Record | None:
+        """The whole record at this offset; None if there is none (yet) or it is damaged."""
+        record = self._parse(self._window, offset - self._start, offset)
+        if record is not None:
+            return record
+        head = os.pread(self._fd, RECORD_HEADER.size, offset)
+        if len(head) < RECORD_HEADER.size or not head.startswith(_MAGIC):
+            return None
+        length = RECORD_HEADER.unpack(head)[1]
+        if length > self.size - offset:
+            return None
+        self._window = memoryview(os.pread(self._fd, max(length, _WINDOW), offset))
+        self._start = offset
+        return self._parse(self._window, 0, offset)
+
+    def _parse(self, data: memoryview, at: int, offset: int) -> Record | None:
+        if not 0 <= at <= len(data) - RECORD_HEADER.size:
+            return None
+        magic, length, seq, schema, crc = RECORD_HEADER.unpack_from(data, at)
+        if magic != _MAGIC or not RECORD_HEADER.size <= length <= len(data) - at:
+            return None
+        payload = data[at + RECORD_HEADER.size : at + length]
+        if zlib.crc32(payload, zlib.crc32(data[at : at + _CHECKED])) != crc:
+            return None
+        return Record(seq, schema, payload, self.number, offset)
+
+    def find_after(self, offset: int, above_seq: int) -> int | None:
+        """Offset of the first whole record at or after `offset` numbered above above_seq."""
+        data = memoryview(os.pread(self._fd, max(0, self.size - offset), offset))
+        raw = data.obj
+        at = raw.find(_MAGIC) if isinstance(raw, bytes) else -1
+        while at >= 0 and isinstance(raw, bytes):
+            if (offset + at) % 8 == 0:
+                record = self._parse(data, at, offset + at)
+                if record is not None and record.seq > above_seq:
+                    return offset + at
+            at = raw.find(_MAGIC, at + 1)
+        return None
+
+    def blank_from(self, offset: int) -> bool:
+        """Whether the file holds nothing but zeros from this offset on."""
+        data = os.pread(self._fd, max(0, self.size - offset), offset)
+        return data.count(0) == len(data)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def end_of(record: Record) -> int:
+    """Offset at which the next record begins."""
+    return record.offset + record_size(record.payload.nbytes)
+
+
+@dataclass(slots=True)
+class Scan:
+    """What a segment holds. end: behind the last whole record. clean: no damage before `end`."""
+
+    next_seq: int | None
+    end: int
+    clean: bool
+
+
+def scan(path: Path, number: int) -> Scan:
+    """Walk through a segment, stepping over damage."""
+    with SegmentFile(path, number) as file:
+        base = file.base_seq()
+        result = Scan(base, FIRST_OFFSET, base is not None)
+        last = -1
+        offset: int | None = FIRST_OFFSET
+        while offset is not None:
+            record = file.record_at(offset)
+            if record is not None and record.seq > last:
+                last, offset = record.seq, end_of(record)
+                result.next_seq, result.end = max(result.next_seq or 0, last + 1), offset
+                continue
+            offset = file.find_after(offset + 8, last)
+            if offset is not None:
+                result.clean = False
+        return result

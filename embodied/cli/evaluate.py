@@ -1,0 +1,107 @@
+"""embodied eval."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.progress import Progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Evaluate a checkpoint; prints success with its interval."""
+    import torch
+
+    from embodied.core import config as core_config
+    from embodied.core.errors import ConfigError
+    from embodied.core.files import write_atomic
+    from embodied.run.config import EvalConfig
+    from embodied.run.evaluate import Evaluator, summarise
+    from sim.family import EVALUATION_SEEDS
+
+    config = core_config.convert(core_config.compose("eval", options.overrides), EvalConfig)
+    last = config.first_seed + config.episodes
+    if not 0 <= config.first_seed < last <= EVALUATION_SEEDS:
+        raise ConfigError(
+            f"seeds {config.first_seed} to {last - 1}: evaluation seeds lie in "
+            f"0..{EVALUATION_SEEDS - 1}, and episodes must be at least 1"
+        )
+    torch.set_num_threads(1)
+    policy, version, task, sim = _load(config)
+    seeds = range(config.first_seed, last)
+    output = Path(config.output) if config.output else None
+    if config.videos and output is None:
+        raise ConfigError("videos need a folder: set output=...")
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+    films = {s: (output or Path()) / f"seed{s}.mp4" for s in seeds[: config.videos]}
+    console = Console(stderr=True, highlight=False)
+    evaluator = Evaluator(task, sim, rows=min(config.rows, config.episodes))
+    try:
+        with Progress(console=console) as progress:
+            bar = progress.add_task(task, total=config.episodes)
+            results = evaluator.run(
+                policy, version, seeds, films=films, on_result=lambda _: progress.advance(bar)
+            )
+    finally:
+        evaluator.close()
+    summary: dict[str, Any] = {"task": task, "version": version, **summarise(results)}
+    if output is not None:
+        rows = [msgspec.to_builtins(result) for result in results]
+        write_atomic(
+            output / "evaluation.json", msgspec.json.encode({**summary, "episodes_list": rows})
+        )
+    _print(summary, as_json=options.json)
+    return 0
+
+
+def _print(summary: dict[str, Any], *, as_json: bool) -> None:
+    console = Console(highlight=False)
+    if as_json:
+        console.print(msgspec.json.encode(summary).decode(), markup=False, soft_wrap=True)
+        return
+    low, high = summary["success_interval"]
+    console.print(
+        f"{summary['task']}: success {summary['successes']}/{summary['episodes']} = "
+        f"{100 * summary['success_rate']:.1f} % (95 % interval {100 * low:.1f} to {100 * high:.1f})"
+    )
+    for signal in ("reward", "coverage"):
+        if f"max_{signal}" in summary:
+            low, high = summary[f"max_{signal}_interval"]
+            mean = summary[f"max_{signal}"]
+            console.print(f"mean greatest {signal} {mean:.3f} ({low:.3f} to {high:.3f})")
+
+
+def _load(config: Any) -> tuple[Any, int, str, Any]:
+    """Policy, version, task and simulation settings of a checkpoint folder or a run directory."""
+    from embodied.core import config as core_config
+    from embodied.core.errors import ConfigError
+    from embodied.core.rundir import RunDir
+    from embodied.run.config import TrainConfig
+    from embodied.weights.store import WeightStore
+    from policies.checkpoint import load_policy, policy_from_state
+    from sim.family import SimConfig
+
+    path = Path(config.checkpoint)
+    run = RunDir(path)
+    if (path / "model.safetensors").exists():
+        if config.task is None:
+            raise ConfigError(f"{path} is a policy without a run: say task=...")
+        return load_policy(path), -1, config.task, config.sim or SimConfig()
+    if not run.exists():
+        raise ConfigError(f"checkpoint={path} is neither a policy folder nor a run directory")
+    stored = core_config.convert(run.read_config(), TrainConfig)
+    store = WeightStore(run.weights)
+    version = store.latest_version()
+    if version is None:
+        raise ConfigError(f"{path} has published no weights yet")
+    arrays, manifest = store.load(version)
+    policy = policy_from_state(manifest.config, arrays)
+    return policy, version, config.task or stored.task, config.sim or stored.sim

@@ -1,0 +1,70 @@
+"""The `embodied` command."""
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from embodied.core.errors import EmbodiedError
+
+_COMMANDS = {
+    "train": ("train", "run a training configuration: robots, buffer, learner, evaluation, report"),
+    "collect": ("collect", "record demonstrations by a scripted expert, or import a data set"),
+    "eval": ("evaluate", "success of a checkpoint or run on fresh start states"),
+    "devices": ("devices", "list simulated robots and GPUs, like nvidia-smi"),
+    "report": ("report", "write report.html of a run directory"),
+}
+
+_EPILOG = """\
+train, collect and eval take Hydra overrides: key=value, group=choice. Examples:
+  embodied train task=metaworld/drawer-open policy=diffusion algorithm=bc
+  embodied train experiment=pusht learner.minutes=5
+  embodied eval checkpoint=runs/my-run episodes=50
+  embodied train --show task=metaworld/assembly       (print the composed configuration)
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's parser."""
+    root = argparse.ArgumentParser(
+        prog="embodied", epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = root.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (module, text) in _COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        importlib.import_module(f"embodied.cli.{module}").add_arguments(command)
+    return root
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; a user's error ends in one paragraph on stderr and status 2."""
+    options = parser().parse_args(arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    module, _ = _COMMANDS[options.command]
+    console = Console(stderr=True, highlight=False)
+    try:
+        return importlib.import_module(f"embodied.cli.{module}").run(options)
+    except EmbodiedError as error:
+        console.print(f"embodied {options.command}: {error}", style="bold red", markup=False)
+        return 2
+    except KeyboardInterrupt:
+        console.print(f"embodied {options.command}: stopped.", style="bold", markup=False)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,106 @@
+"""embodied train."""
+
+import argparse
+import datetime
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+
+from embodied.cli.dashboard import Dashboard
+from embodied.core.errors import ConfigError
+from embodied.core.rundir import RunDir
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("--show", action="store_true", help="print the configuration and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train; write the report also if the run is interrupted."""
+    from embodied.core import config as core_config
+    from embodied.run import config as run_config
+
+    console = Console(highlight=False)
+    config = run_config.load_train(options.overrides)
+    if options.show:
+        console.print(msgspec.yaml.encode(msgspec.to_builtins(config)).decode(), markup=False)
+        return 0
+    run = RunDir(_directory(config))
+    resuming = config.run.resume
+    if run.exists() and not resuming:
+        if run.in_use():
+            run.acquire()
+        raise ConfigError(
+            f"{run.path} already holds a run. Continue it with run.resume=true, "
+            "or choose another run.dir"
+        )
+    if resuming:
+        stored = core_config.convert(run.read_config(), run_config.TrainConfig)
+        run_config.same_experiment(config, stored)
+        _check_checkpoint(run, config)
+    run.acquire()
+    try:
+        run.write_config(config)
+        run.event("run resumed" if resuming else "run started", overrides=options.overrides)
+        return _run(run, config, console)
+    finally:
+        run.release()
+
+
+def _run(run: RunDir, config: Any, console: Console) -> int:
+    started_s = time.monotonic()
+    console.print(
+        f"[bold]{config.task}[/]  {config.algorithm['name']}  {config.policy['name']}"
+        f"/{config.policy['network']['name']}  →  {_short(run.path)}"
+    )
+    interrupted = False
+    with Dashboard(console, config) as dashboard:
+        try:
+            if config.run.mode == "lockstep":
+                from embodied.run.lockstep import run_lockstep
+
+                run_lockstep(run, config, dashboard.lockstep)
+            else:
+                from embodied.run.local import Supervisor
+
+                Supervisor(run, config, dashboard.update).run()
+        except KeyboardInterrupt:
+            interrupted = True
+    seconds = time.monotonic() - started_s
+    run.event("run interrupted" if interrupted else "run finished", seconds=round(seconds, 1))
+    if run.read("metrics", "learner") or run.read("metrics", "evaluation"):
+        from embodied.cli.report import write_report
+
+        write_report(run)
+        console.print(f"report: {_short(run.report)}")
+    if interrupted:
+        console.print(
+            "Interrupted. Everything recorded is kept; continue with the same command and "
+            f"run.dir={_short(run.path)} run.resume=true"
+        )
+        return 130
+    console.print(f"done in {seconds / 60:.1f} min")
+    return 0
+
+
+def _directory(config: Any) -> Path:
+    if config.run.dir is not None:
+        return Path(config.run.dir)
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path(config.run.root) / f"{config.task.replace('/', '-')}-{stamp}"
+
+
+def _check_checkpoint(run: RunDir, config: Any) -> None:
+    from embodied.learn.trainer import load_checkpoint
+    from embodied.run import build
+
+    load_checkpoint(run.checkpoints, build.policy_format(config), config.learner)
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

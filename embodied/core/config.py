@@ -1,0 +1,106 @@
+"""Typed configuration: Hydra composes YAML, msgspec types it once, unknown keys fail."""
+
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from embodied.core import registry
+from embodied.core.errors import ConfigError
+
+T = TypeVar("T")
+
+_UNKNOWN = re.compile(r"unknown field `([^`]+)`(?: - at `\$\.?([^`]*)`)?")
+
+
+def convert(data: Mapping[str, Any], kind: type[T], where: str = "") -> T:
+    """`data` as a struct of type `kind`; a ConfigError names the key and the nearest one."""
+    try:
+        return msgspec.convert(data, kind, strict=True)
+    except msgspec.ValidationError as error:
+        match = _UNKNOWN.search(str(error))
+        if match is None:
+            text = str(error).replace("`$.", f"`{where}." if where else "`").replace("`$`", where)
+            raise ConfigError(f"configuration: {text}") from error
+        field, path = match[1], match[2] or ""
+        owner = _struct_at(kind, path)
+        label = ".".join(part for part in (where, path) if part)
+        name = f"{label}.{field}" if label else field
+        raise registry.unknown("key", name, _fields(owner, label)) from error
+
+
+def component(kind: str, data: Any, where: str) -> tuple[Any, Any]:
+    """Class registered under data["name"] and its typed Config, made of the other keys."""
+    options: dict[str, Any] = (
+        dict(typing.cast("Mapping[str, Any]", data)) if isinstance(data, Mapping) else {}
+    )
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise ConfigError(f"{where}: name is missing; known: {', '.join(registry.names(kind))}")
+    found = registry.resolve(kind, name)
+    return found, convert(options, found.Config, where)
+
+
+def compose(primary: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Compose `configs/<primary>.yaml` with Hydra overrides into plain dicts and lists."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    GlobalHydra.instance().clear()
+    with initialize_config_module("configs", version_base="1.3"):
+        try:
+            config = hydra_compose(primary, list(overrides))
+            composed = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise _readable(primary, overrides, error) from error
+    assert isinstance(composed, dict)
+    return typing.cast("dict[str, Any]", composed)
+
+
+def _readable(primary: str, overrides: Sequence[str], error: Exception) -> ConfigError:
+    """Name the override that Hydra refused and the nearest key or choice."""
+    from hydra import compose as hydra_compose
+    from omegaconf import OmegaConf
+
+    text = str(error)
+    if missing := re.search(r"Could not find '([^']+)'", text):
+        group, _, choice = missing[1].rpartition("/")
+        options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)
+        if options:
+            return registry.unknown(f"choice for '{group}'", choice, options)
+    if key := re.search(r"Could not override '([^']+)'", text) or re.search(
+        r"Key '([^']+)' is not in struct", text
+    ):
+        known = sorted(_paths(OmegaConf.to_container(hydra_compose(primary))))
+        name = next((o.split("=")[0] for o in overrides if key[1] in o.split("=")[0]), key[1])
+        depth = name.count(".")
+        near = [path for path in known if path.count(".") == depth] or known
+        return registry.unknown("key", name.lstrip("+~"), near)
+    return ConfigError(f"configuration: {text.splitlines()[0]}")
+
+
+def _paths(node: Any, prefix: str = "") -> Iterator[str]:
+    if not isinstance(node, dict):
+        return
+    for key, value in typing.cast("dict[str, Any]", node).items():
+        yield prefix + key
+        yield from _paths(value, f"{prefix}{key}.")
+
+
+def _fields(kind: Any, prefix: str) -> list[str]:
+    fields: tuple[str, ...] = getattr(kind, "__struct_encode_fields__", ())
+    return [f"{prefix}.{field}" if prefix else field for field in fields]
+
+
+def _struct_at(kind: Any, path: str) -> Any:
+    for part in filter(None, path.split(".")):
+        kind = typing.get_type_hints(kind).get(part)
+        options: list[Any] = [*typing.get_args(kind), kind]
+        kind = next((k for k in options if hasattr(k, "__struct_fields__")), None)
+    return kind

@@ -1,0 +1,136 @@
+"""What drivers and policies must provide. Shapes: B batch, To history, H chunk, D action."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from embodied.core.frames import Observation
+from embodied.core.specs import DeviceSpec, PolicySpec
+
+Parameterisation = Literal["epsilon", "sample", "v", "flow"]
+
+
+class Driver(Protocol):
+    """What a robot's author writes: one tick, one thread, no safety, no clock, no queue."""
+
+    spec: DeviceSpec
+
+    def open(self) -> None:
+        """Connect. Called once before anything else."""
+        ...
+
+    def sense(self) -> Observation:
+        """Read every declared observation."""
+        ...
+
+    def drive(self, action_D: np.ndarray) -> None:
+        """Command one tick's action; it is finite and within the spec's bounds."""
+        ...
+
+    def hold(self) -> None:
+        """Command standing still."""
+        ...
+
+    def close(self) -> None:
+        """Disconnect; safe to call twice."""
+        ...
+
+
+@runtime_checkable
+class SimulatedDriver(Driver, Protocol):
+    """A driver whose time is stepped, and whose state can be set and read."""
+
+    def step_time(self) -> None:
+        """Advance the simulation by one tick under the last command."""
+        ...
+
+    def reset(self, seed: int) -> None:
+        """Go to the start state of `seed`: the same seed gives the same state, bit for bit."""
+        ...
+
+    def signals(self) -> dict[str, float]:
+        """Privileged scalars of the present state, as declared in the spec."""
+        ...
+
+
+@runtime_checkable
+class Renders(Protocol):
+    """A driver that can draw itself for a video."""
+
+    def render(self, width: int, height: int) -> np.ndarray:
+        """Picture [height, width, 3], uint8."""
+        ...
+
+
+class Policy(Protocol):
+    """Maps observation histories to chunks of actions."""
+
+    spec: PolicySpec
+
+    def init(self, batch: int) -> Any:
+        """State carried from decision to decision, for `batch` rows."""
+        ...
+
+    def act(
+        self,
+        carry: Any,
+        obs: Mapping[str, np.ndarray],
+        *,
+        prefix: np.ndarray | None = None,
+        seed: np.ndarray,
+    ) -> tuple[Any, np.ndarray]:
+        """Decide. obs: [B, To, ...] in device units; prefix: committed actions [B, d, D];
+        seed: [B], one for each row, so that a row's noise does not depend on its neighbours.
+        Returns the carry and actions [B, H, D] in device units, float32."""
+        ...
+
+    def sample(self, obs: Any, n: int, *, seed: int) -> Any:
+        """Draw n chunks per row: tensor [B, n, H, D] in device units."""
+        ...
+
+    def loss(self, batch: Any) -> tuple[Any, dict[str, float]]:
+        """Cloning loss (scalar tensor) and metrics."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A denoiser's output [B, H, D] and what it stands for."""
+
+    value: Any
+    parameterisation: Parameterisation
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """What score-level composition and guidance need."""
+
+    def encode(self, obs: Any) -> Any:
+        """Conditioning, computed once per decision."""
+        ...
+
+    def denoise(self, x_t: Any, log_snr: Any, cond: Any) -> Prediction:
+        """Prediction at x_t = √ᾱ x₀ + √(1−ᾱ) ε, where log_snr = log(ᾱ / (1−ᾱ)), shape [B]."""
+        ...
+
+
+@runtime_checkable
+class WorldModel(Protocol):
+    """Every mode of a joint model over one network."""
+
+    def infer(
+        self, obs: Any, *, actions: Any = None, next_obs: Any = None, want: set[str]
+    ) -> dict[str, Any]:
+        """Sample the wanted modalities given the others."""
+        ...
+
+
+@runtime_checkable
+class Critic(Protocol):
+    """Values of chunks."""
+
+    def q(self, obs: Any, actions: Any) -> Any:
+        """Ensemble statistics for actions [B, n, H, D]: [B, n]."""
+        ...

@@ -1,0 +1,93 @@
+"""Names to classes: the one place where 'module:Class' strings are resolved."""
+
+import difflib
+import importlib
+import importlib.metadata
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+from embodied.core.errors import ConfigError, MissingDependencyError
+
+BUILTIN: dict[str, dict[str, str]] = {
+    "tasks": {
+        "pusht": "sim.pusht:PushTFamily",
+        "metaworld": "sim.metaworld:MetaWorldFamily",
+        "robosuite": "sim.robosuite:RobosuiteFamily",
+        "pointmass": "sim.pointmass:PointMassFamily",
+    },
+    "policies": {
+        "flow": "policies.flow:FlowPolicy",
+        "diffusion": "policies.diffusion:DiffusionPolicy",
+    },
+    "networks": {
+        "mlp": "policies.networks.mlp:ResidualMLP",
+        "unet1d": "policies.networks.unet1d:ConditionalUnet1D",
+    },
+    "algorithms": {
+        "bc": "embodied.learn.bc:BC",
+        "dagger": "embodied.learn.dagger:DAgger",
+    },
+    "enumerators": {
+        "simulators": "sim.family:enumerate_devices",
+        "gpus": "hal.discovery:enumerate_gpus",
+    },
+    "datasets": {
+        "pusht_human": "sim.pusht_demos:PushTDemonstrations",
+    },
+}
+"""Kind → name → 'module:Class'. Third parties add rows by entry points in `embodied.<kind>`."""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
+    """The error for a name that is not known: it offers the nearest one and lists the others."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=_LISTED, cutoff=0.5)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    listed = names if len(names) <= _LISTED else sorted(close or names[:_LISTED])
+    rest = f" and {len(names) - len(listed)} more" if len(listed) < len(names) else ""
+    return ConfigError(f"unknown {what} '{name}'.{hint} Known: {', '.join(listed)}{rest}.")
+
+
+_LISTED = 12
+_OURS = frozenset({"embodied", "hal", "policies", "sim", "deploy"})
+
+
+@cache
+def names(kind: str) -> tuple[str, ...]:
+    """All names registered under a kind, built in or by entry points."""
+    if kind not in BUILTIN:
+        raise unknown("registry kind", kind, BUILTIN)
+    return tuple(sorted(_rows(kind)))
+
+
+@cache
+def _rows(kind: str) -> dict[str, str]:
+    rows = dict(BUILTIN[kind])
+    for point in importlib.metadata.entry_points(group=f"embodied.{kind}"):
+        if rows.setdefault(point.name, point.value) != point.value:
+            raise ConfigError(
+                f"two {kind} are named '{point.name}': {rows[point.name]} and {point.value}; "
+                "rename one of them"
+            )
+    return rows
+
+
+@cache
+def resolve(kind: str, name: str) -> Any:
+    """The class registered as `name`; an unknown name fails with the nearest match."""
+    known = names(kind)
+    if name not in known:
+        raise unknown(
+            kind.removesuffix("ies") + "y" if kind.endswith("ies") else kind[:-1], name, known
+        )
+    module, _, attribute = _rows(kind)[name].partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in _OURS:
+            raise
+        raise MissingDependencyError(
+            f"{kind} '{name}' needs the package '{error.name}', which is not installed; "
+            "pip install 'embodied-stack[all]' brings everything"
+        ) from error

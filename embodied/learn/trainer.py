@@ -1,0 +1,202 @@
+"""The learner's side of a run: from the buffer to published weights, step by step."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embodied.buffer.limiter import RateLimiter
+from embodied.buffer.replay import EpisodeInfo, ReplayReader
+from embodied.buffer.samplers import WindowSampler, WindowSpec
+from embodied.core.errors import CorruptDataError
+from embodied.core.seeds import derive_seed, make_rng
+from embodied.learn.bc import BC
+from embodied.learn.config import LearnerConfig
+from embodied.learn.learner import Learner, PolicyFormat
+from embodied.weights.store import WeightStore
+
+_REFRESH_STEPS = 20
+_LOG_STEPS = 50
+_WEIGHTS_KEPT = 20
+
+
+def is_demonstration(episode: EpisodeInfo, only_successful: bool) -> bool:
+    """Whether an expert or a person acted in the whole of a usable, finished episode."""
+    usable = episode.success or not only_successful
+    return episode.closed and usable and episode.interventions == len(episode.rows)
+
+
+class Trainer:
+    """Samples, learns, publishes, checkpoints. Neither starts processes nor decides when to stop.
+
+    The policy is built from the demonstrations' statistics once enough of them are in the
+    buffer, or comes from the checkpoint if there is one.
+    """
+
+    def __init__(
+        self,
+        *,
+        buffer: Path,
+        ram_bytes: int,
+        weights: WeightStore,
+        checkpoint: Path,
+        window: WindowSpec,
+        policy_format: PolicyFormat,
+        algorithm: BC,
+        config: LearnerConfig,
+        seed: int,
+        on_metrics: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._reader = ReplayReader(buffer, ram_bytes=ram_bytes)
+        self._weights = weights
+        self._checkpoint = checkpoint
+        self._window = window
+        self._format = policy_format
+        self._algorithm = algorithm
+        self._config = config
+        self._seed = seed
+        self._on_metrics = on_metrics
+        self._rng = make_rng(seed, "batches")
+        slack = config.batch_size + (config.samples_per_insert or 0.0)
+        self._limiter = RateLimiter(config.samples_per_insert, min_inserted=0, slack=slack)
+        self._inserted = 0
+        self._sampler: WindowSampler | None = None
+        self._losses: list[float] = []
+        self._published_step = -1
+        self._saved_step = -1
+        self.learner: Learner | None = None
+        self.waiting_s = 0.0
+
+    @property
+    def step(self) -> int:
+        """Gradient steps so far, earlier sittings included."""
+        return self.learner.step if self.learner else 0
+
+    @property
+    def done(self) -> bool:
+        """Whether the budget is used up."""
+        return self.learner is not None and self.learner.done
+
+    def demonstrations(self) -> int:
+        """Whole demonstrations in the buffer, after reading what is new."""
+        self._refresh()
+        only_successful = self._algorithm.config.only_successful
+        return sum(is_demonstration(e, only_successful) for e in self._reader.closed_episodes())
+
+    def start(self) -> None:
+        """Build the policy from the data, or continue from the checkpoint."""
+        path = newest_checkpoint(self._checkpoint)
+        if path is not None:
+            self.learner, extra = Learner.load(path, self._format, self._config)
+            self._rng.bit_generator.state = extra["batches_rng"]
+            self._saved_step = self.learner.step
+            self._limiter.load(extra["limiter"])
+            self._inserted = extra["inserted"]
+        self._sampler = WindowSampler(self._reader, self._window, select=self._algorithm.select)
+        self._refresh()
+        if self.learner is None:
+            keys = [*self._window.observation_keys, "action"]
+            policy = self._format.make(self._sampler.statistics(keys))
+            training_seed = derive_seed(self._seed, "training noise")
+            self.learner = Learner(policy, self._format, self._config, seed=training_seed)
+
+    def update(self) -> bool:
+        """One gradient step; False if the rate limiter wants more data first."""
+        assert self.learner is not None and self._sampler is not None
+        started_s = time.perf_counter()
+        if self.learner.step % _REFRESH_STEPS == 0:
+            self._refresh()
+        if not self._limiter.can_sample(self._config.batch_size):
+            self._refresh()
+            return False
+        batch = self._sampler.sample(self._config.batch_size, self._rng)
+        self._limiter.sampled(self._config.batch_size)
+        metrics = self.learner.update(batch)
+        self._losses.append(metrics["loss"])
+        if self.learner.step % _LOG_STEPS == 0:
+            row = {**metrics, "loss": float(np.mean(self._losses)), "step": self.learner.step}
+            self._on_metrics({**row, "windows": self._sampler.num_candidates})
+            self._losses.clear()
+        self.learner.seconds += time.perf_counter() - started_s
+        return True
+
+    def publish_due(self) -> bool:
+        """Whether publish_every steps have passed since the last weights went out."""
+        return self.step - max(0, self._published_step) >= self._config.publish_every
+
+    def publish(self, *, final: bool) -> int:
+        """Publish the averaged weights; returns their version."""
+        assert self.learner is not None
+        config, arrays = self.learner.weights()
+        metadata = {
+            "step": self.learner.step,
+            "seconds": round(self.learner.seconds, 3),
+            "final": final,
+            "published_ns": time.monotonic_ns(),
+        }
+        manifest = self._weights.publish(arrays, config, metadata)
+        self._weights.prune(_WEIGHTS_KEPT)
+        self._published_step = self.learner.step
+        return manifest.version
+
+    def checkpoint_due(self) -> bool:
+        """Whether checkpoint_every steps have passed since the last checkpoint."""
+        return self.step - max(0, self._saved_step) >= self._config.checkpoint_every
+
+    def save(self) -> None:
+        """Write a checkpoint; the one before it is kept beside it."""
+        if self.learner is None or self._saved_step == self.learner.step:
+            return
+        newest, previous = _checkpoint_files(self._checkpoint)
+        fresh = newest.with_name("learner-next.safetensors")
+        self.learner.save(
+            fresh,
+            {
+                "batches_rng": self._rng.bit_generator.state,
+                "limiter": self._limiter.save(),
+                "inserted": self._inserted,
+            },
+        )
+        if newest.exists():
+            newest.replace(previous)
+        fresh.replace(newest)
+        self._saved_step = self.learner.step
+
+    def _refresh(self) -> None:
+        self._reader.refresh()
+        if self._sampler is not None:
+            self._sampler.refresh()
+        steps = self._reader.num_steps
+        if steps > self._inserted:
+            self._limiter.inserted(steps - self._inserted)
+            self._inserted = steps
+
+
+def _checkpoint_files(folder: Path) -> tuple[Path, Path]:
+    return folder / "learner.safetensors", folder / "learner-previous.safetensors"
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint file in the folder, None if there is none."""
+    return next((path for path in _checkpoint_files(folder) if path.exists()), None)
+
+
+def load_checkpoint(
+    folder: Path, policy_format: PolicyFormat, config: LearnerConfig
+) -> Learner | None:
+    """Load the newest checkpoint to see that it is whole; its error says how to go on."""
+    path = newest_checkpoint(folder)
+    if path is None:
+        return None
+    try:
+        return Learner.load(path, policy_format, config)[0]
+    except CorruptDataError as error:
+        _, previous = _checkpoint_files(folder)
+        remedy = (
+            f"Remove it to continue from {previous.name}."
+            if path != previous and previous.exists()
+            else "Remove it to train again from the recorded data, which are intact."
+        )
+        raise CorruptDataError(f"{error}. {remedy}") from error

@@ -1,0 +1,192 @@
+"""The typed configuration of a run, and what is derived from it once."""
+
+from typing import Any, Literal
+
+import msgspec
+
+from embodied.core import config as core_config
+from embodied.core.errors import ConfigError
+from embodied.learn.config import LearnerConfig
+from sim.family import SimConfig
+
+
+class _Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class RunConfig(_Struct, frozen=True):
+    """dir: the run's directory; null makes a new one under root, named after task and time.
+
+    mode: "async" runs roles as processes; "lockstep" runs them in turns in one process,
+    bit for bit repeatable. resume: continue the run found in dir.
+    """
+
+    dir: str | None
+    root: str
+    mode: Literal["async", "lockstep"]
+    resume: bool
+
+
+class DemonstrationsConfig(_Struct, frozen=True):
+    """Where the first data come from.
+
+    source: "expert" (the task's script), "dataset" (see dataset) or "none".
+    episodes: how many; null takes all of a dataset. noise: standard deviation of Gaussian
+    noise on the expert's executed actions, in units of half the action range.
+    dataset: name of a registered dataset and its options.
+    """
+
+    source: Literal["expert", "dataset", "none"]
+    episodes: int | None
+    noise: float
+    dataset: dict[str, Any] | None
+
+
+class ActorsConfig(_Struct, frozen=True):
+    """Robots that act for the run.
+
+    count: actor processes. rows: robots in each. speed: simulated seconds per real second at
+    most, 0 for no limit; 1 makes a simulated robot as slow as a real one.
+    ticks_per_round: lockstep only, ticks acted per row between two learning rounds.
+    """
+
+    count: int
+    rows: int
+    speed: float
+    ticks_per_round: int
+
+
+class EvaluationConfig(_Struct, frozen=True):
+    """Fresh-seed evaluation beside the training.
+
+    episodes: per evaluation, on the same evaluation seeds each time. final_episodes: of the last
+    weights. every_steps: at least this many gradient steps between two evaluations.
+    rows: simulated robots stepped together. videos: rollouts filmed per evaluation.
+    """
+
+    episodes: int
+    final_episodes: int
+    every_steps: int
+    rows: int
+    videos: int
+
+
+class BufferConfig(_Struct, frozen=True):
+    """segment_mib: size of a log segment. ram_mib: budget of a reader's columns."""
+
+    segment_mib: int
+    ram_mib: int
+
+
+class TrainConfig(_Struct, frozen=True):
+    """Everything that defines a training run."""
+
+    task: str
+    seed: int
+    sim: SimConfig
+    run: RunConfig
+    demonstrations: DemonstrationsConfig
+    actors: ActorsConfig
+    policy: dict[str, Any]
+    algorithm: dict[str, Any]
+    learner: LearnerConfig
+    evaluation: EvaluationConfig
+    buffer: BufferConfig
+
+
+class CollectConfig(_Struct, frozen=True):
+    """Demonstrations by a task's scripted expert, or import of a dataset, into a buffer folder."""
+
+    task: str
+    seed: int
+    sim: SimConfig
+    demonstrations: DemonstrationsConfig
+    rows: int
+    output: str
+
+
+class EvalConfig(_Struct, frozen=True):
+    """Evaluation of a checkpoint or a run's newest weights.
+
+    checkpoint: a policy folder or a run directory. task, sim: null takes the run's own.
+    """
+
+    checkpoint: str
+    task: str | None
+    sim: SimConfig | None
+    episodes: int
+    first_seed: int
+    rows: int
+    videos: int
+    output: str | None
+
+
+def load_train(overrides: list[str]) -> TrainConfig:
+    """Compose, type and check a training configuration."""
+    composed = core_config.compose("train", overrides)
+    return check(core_config.convert(composed, TrainConfig))
+
+
+def check(config: TrainConfig) -> TrainConfig:
+    """Raise ConfigError for values that contradict each other; return the same configuration."""
+    from sim import family
+
+    core_config.component("policies", config.policy, "policy")
+    core_config.component("networks", config.policy["network"], "policy.network")
+    core_config.component("algorithms", config.algorithm, "algorithm")
+    found, task = family.find(config.task)
+    demonstrations = config.demonstrations
+    if demonstrations.source == "dataset":
+        if demonstrations.dataset is None:
+            raise ConfigError(
+                "demonstrations.source is 'dataset', but demonstrations.dataset is null"
+            )
+        core_config.component("datasets", demonstrations.dataset, "demonstrations.dataset")
+    driver = found.make_driver(task, config.sim)
+    needs_expert = demonstrations.source == "expert" or config.algorithm["name"] == "dagger"
+    if needs_expert and found.make_expert(task, driver.spec) is None:
+        raise ConfigError(
+            f"task '{config.task}' has no scripted expert; use demonstrations.source=dataset and "
+            "algorithm=bc"
+        )
+    if demonstrations.source == "expert" and not demonstrations.episodes:
+        raise ConfigError("demonstrations.episodes must be at least 1 with source=expert")
+    if config.run.mode == "lockstep" and config.learner.minutes is not None:
+        raise ConfigError(
+            "learner.minutes depends on the machine's speed and run.mode=lockstep does not: "
+            "set learner.minutes=null and learner.steps"
+        )
+    if config.run.resume and config.run.dir is None:
+        raise ConfigError("run.resume=true needs run.dir: the directory of the run to continue")
+    positive = {
+        "actors.count": config.actors.count,
+        "actors.rows": config.actors.rows,
+        "actors.ticks_per_round": config.actors.ticks_per_round,
+        "learner.steps": config.learner.steps,
+        "learner.batch_size": config.learner.batch_size,
+        "learner.publish_every": config.learner.publish_every,
+        "learner.checkpoint_every": config.learner.checkpoint_every,
+        "learner.steps_per_round": config.learner.steps_per_round,
+        "learner.threads": config.learner.threads,
+        "evaluation.every_steps": config.evaluation.every_steps,
+        "evaluation.rows": config.evaluation.rows,
+        "buffer.segment_mib": config.buffer.segment_mib,
+        "buffer.ram_mib": config.buffer.ram_mib,
+    }
+    for key, value in positive.items():
+        if value < 1:
+            raise ConfigError(f"{key} is {value}; it must be at least 1")
+    if config.actors.speed < 0:
+        raise ConfigError(f"actors.speed is {config.actors.speed}; use 0 (no limit) or more")
+    return config
+
+
+def same_experiment(new: TrainConfig, stored: TrainConfig) -> None:
+    """Raise ConfigError unless a resumed run asks for the same data, policy and algorithm."""
+    for field in ("task", "seed", "sim", "demonstrations", "policy", "algorithm"):
+        if getattr(new, field) != getattr(stored, field):
+            raise ConfigError(
+                f"run.resume=true: {field} differs from the stored run's "
+                f"({getattr(new, field)} here, {getattr(stored, field)} there). "
+                "Only learner, actors and evaluation settings may change."
+            )

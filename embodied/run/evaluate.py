@@ -1,0 +1,105 @@
+"""Evaluation on fixed, fresh start states, always the same for every contender."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from embodied.core.frames import Frame
+from embodied.core.intervals import bootstrap_mean, wilson
+from embodied.core.protocols import Policy
+from embodied.run.rollout import Result, Rollout, Start
+from embodied.run.video import Film
+from hal.group import DeviceGroup, make_group
+from sim import family
+from sim.family import EVALUATION_SEEDS, SimConfig
+
+
+class Evaluator:
+    """A task on its own simulated robots, in virtual time without a speed limit."""
+
+    def __init__(self, task: str, sim: SimConfig, *, rows: int, with_expert: bool = False) -> None:
+        found, name = family.find(task)
+        self.task = found.make_task(name, sim)
+        self._group = make_group(lambda row: family.make_device(task, sim, row=row), rows)
+        self._experts = (
+            [found.make_expert(name, self._group.spec) for _ in range(rows)]
+            if with_expert
+            else None
+        )
+
+    @property
+    def group(self) -> DeviceGroup:
+        """The simulated robots."""
+        return self._group
+
+    def run(
+        self,
+        policy: Policy | None,
+        version: int,
+        seeds: Sequence[int],
+        *,
+        films: dict[int, Path] | None = None,
+        on_result: Callable[[Result], None] | None = None,
+        keep_going: Callable[[], bool] | None = None,
+    ) -> list[Result]:
+        """One episode from each start state; results in the order of `seeds`.
+
+        policy None lets the scripted expert act. films: seed → mp4 file. keep_going is asked
+        after every tick; once it says no, what is finished is returned.
+        """
+        if any(not 0 <= seed < EVALUATION_SEEDS for seed in seeds):
+            raise ValueError(f"evaluation seeds must lie in 0..{EVALUATION_SEEDS - 1}")
+        waiting = list(reversed(seeds))
+        filming: dict[int, tuple[Film, Path]] = {}
+        films = dict(films or {})
+
+        def next_start(row: int) -> Start | None:
+            if not waiting:
+                return None
+            seed = waiting.pop()
+            if seed in films:
+                filming[row] = (Film(self._group.devices[row]), films.pop(seed))
+            return Start(seed, takeover_tick=0 if policy is None else None)
+
+        def on_frame(row: int, frame: Frame) -> None:
+            if row in filming:
+                filming[row][0].picture()
+
+        rollout = Rollout(
+            self._group, self.task, next_start=next_start, experts=self._experts, on_frame=on_frame
+        )
+        if policy is not None:
+            rollout.set_policy(policy, version)
+        finished: dict[int, Result] = {}
+        while keep_going is None or keep_going():
+            for result in rollout.tick():
+                finished[result.seed] = result
+                if result.row in filming:
+                    film, path = filming.pop(result.row)
+                    film.save(path)
+                if on_result is not None:
+                    on_result(result)
+            if rollout.idle and not waiting:
+                break
+        return [finished[seed] for seed in seeds if seed in finished]
+
+    def close(self) -> None:
+        """Close the simulated robots."""
+        self._group.close()
+
+
+def summarise(results: Sequence[Result]) -> dict[str, float | int | list[float]]:
+    """Success rate with its Wilson interval, mean length and greatest signals (bootstrap)."""
+    successes = sum(result.success for result in results)
+    summary: dict[str, float | int | list[float]] = {
+        "episodes": len(results),
+        "successes": successes,
+        "success_rate": successes / max(1, len(results)),
+        "success_interval": list(wilson(successes, len(results))),
+        "mean_ticks": sum(result.ticks for result in results) / max(1, len(results)),
+    }
+    for signal in ("reward", "coverage"):
+        values = [r.peaks[signal] for r in results if signal in r.peaks]
+        if values:
+            summary[f"max_{signal}"] = sum(values) / len(values)
+            summary[f"max_{signal}_interval"] = list(bootstrap_mean(values))
+    return summary

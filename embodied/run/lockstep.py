@@ -1,0 +1,142 @@
+"""The deterministic engine: every role takes its turn in one process."""
+
+from collections.abc import Callable
+from typing import Any
+
+from embodied.buffer.sink import LocalBuffer
+from embodied.core.rundir import RunDir
+from embodied.run import build
+from embodied.run.actor import Actor
+from embodied.run.config import TrainConfig
+from embodied.run.evaluate import Evaluator
+from embodied.run.rollout import Result
+from embodied.weights.store import WeightStore
+
+_DEMONSTRATION_TICKS = 1_000_000
+
+
+def run_lockstep(
+    run: RunDir, config: TrainConfig, notify: Callable[[str, dict[str, Any]], None]
+) -> None:
+    """Train to the end of the budget.
+
+    Which weights act at a tick depends on the tick alone: a round is ticks_per_round ticks of
+    every actor, then steps_per_round gradient steps, then the weights go out. Metrics carry no
+    times, so that two runs with one seed write the same bytes.
+    notify(role, values) is told of progress.
+    """
+    import torch
+
+    torch.set_num_threads(config.learner.threads)
+    torch.use_deterministic_algorithms(True)
+    Lockstep(run, config, notify).run()
+
+
+class Lockstep:
+    """One run's actors, buffer, trainer and evaluator, in turns."""
+
+    def __init__(
+        self, run: RunDir, config: TrainConfig, notify: Callable[[str, dict[str, Any]], None]
+    ) -> None:
+        self._run = run
+        self._config = config
+        self._notify = notify
+        self._weights = WeightStore(run.weights)
+        self._evaluated_step = 0
+
+    def run(self) -> None:
+        """All rounds, then the last evaluation; everything is closed at the end."""
+        config, run = self._config, self._run
+        sink = LocalBuffer(run.buffer, segment_bytes=config.buffer.segment_mib * build.MIB)
+        actors: list[Actor] = []
+        evaluator = Evaluator(config.task, config.sim, rows=config.evaluation.rows)
+        try:
+            build.import_demonstrations(sink, config.demonstrations, config.task)
+            for index in range(config.actors.count):
+                actor = Actor(config, index, sink, self._weights, self._recorder(index))
+                actor.recall(build.make_reader(run, config))
+                actors.append(actor)
+            self._demonstrate(actors)
+            sink.flush()
+            self._learn(actors, sink, evaluator)
+        finally:
+            for actor in actors:
+                actor.close()
+            evaluator.close()
+            sink.close()
+
+    def _demonstrate(self, actors: list[Actor]) -> None:
+        for actor in actors:
+            for _ in range(_DEMONSTRATION_TICKS):
+                if not actor.demonstrating:
+                    break
+                actor.tick()
+
+    def _learn(self, actors: list[Actor], sink: LocalBuffer, evaluator: Evaluator) -> None:
+        config = self._config
+
+        def on_metrics(row: dict[str, Any]) -> None:
+            self._run.metrics("learner", row)
+            self._notify("learner", {"step": row["step"], "loss": row["loss"]})
+
+        trainer = build.make_trainer(self._run, config, on_metrics)
+        self._notify("learner", {"demonstrations": trainer.demonstrations()})
+        trainer.start()
+        try:
+            while not trainer.done:
+                for actor in actors:
+                    actor.poll_weights()
+                    for _ in range(config.actors.ticks_per_round):
+                        actor.tick()
+                sink.flush()
+                for _ in range(config.learner.steps_per_round):
+                    if trainer.done or not trainer.update():
+                        break
+                if trainer.publish_due() or trainer.done:
+                    trainer.publish(final=trainer.done)
+                if trainer.checkpoint_due():
+                    trainer.save()
+                seconds = trainer.learner.seconds if trainer.learner else 0.0
+                self._run.timings("learner", {"step": trainer.step, "seconds": seconds})
+                due = trainer.step - self._evaluated_step >= config.evaluation.every_steps
+                if due and not trainer.done:
+                    self._evaluate(evaluator, trainer.step, final=False)
+        finally:
+            trainer.save()
+        self._evaluate(evaluator, trainer.step, final=True)
+
+    def _evaluate(self, evaluator: Evaluator, step: int, *, final: bool) -> None:
+        from policies.checkpoint import policy_from_state
+
+        evaluation = self._config.evaluation
+        episodes = evaluation.final_episodes if final else evaluation.episodes
+        version = self._weights.latest_version()
+        if version is None or not episodes:
+            return
+        arrays, manifest = self._weights.load(version)
+        policy = policy_from_state(manifest.config, arrays)
+        films = build.film_paths(self._run, range(evaluation.videos), f"step{step:07d}")
+        results = evaluator.run(policy, version, range(episodes), films=films)
+        row = build.evaluation_row(version, step, 0.0, final, results)
+        self._run.metrics("evaluation", row)
+        self._evaluated_step = step
+        self._notify("evaluation", row)
+
+    def _recorder(self, index: int) -> Callable[[Result], None]:
+        def record(result: Result) -> None:
+            self._run.metrics(f"actor{index}", result_row(result))
+
+        return record
+
+
+def result_row(result: Result) -> dict[str, Any]:
+    """One training episode as a row of metrics."""
+    return {
+        "seed": result.seed,
+        "success": result.success,
+        "ticks": result.ticks,
+        "return": result.total_reward,
+        "interventions": result.interventions,
+        "version": result.policy_version,
+        "demonstration": result.demonstration,
+    }

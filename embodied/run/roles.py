@@ -1,0 +1,315 @@
+"""The processes of a run on one machine: buffer, actors, learner, evaluator."""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from embodied.buffer.client import BufferClient
+from embodied.buffer.service import BufferService
+from embodied.core.config import convert
+from embodied.core.errors import EmbodiedError, LinkError
+from embodied.core.files import write_atomic
+from embodied.core.rundir import RunDir
+from embodied.run.config import TrainConfig
+from embodied.run.telemetry import Pulse, address
+from embodied.weights.store import WeightStore
+
+FAILED = 3
+"""Exit status of a role that met an error a restart cannot mend."""
+
+_PR_SET_PDEATHSIG = 1
+_REPORT_S = 2.0
+_IDLE_S = 0.05
+
+
+class Stop(Exception):
+    """The supervisor asked this role to end."""
+
+
+class Context:
+    """What every role has: its run, its configuration, its pulse, and when to end."""
+
+    def __init__(self, role: str, run: RunDir, socket_dir: str, supervisor_pid: int) -> None:
+        self.role = role
+        self.run = run
+        self.socket_dir = socket_dir
+        self.config = convert(run.read_config(), TrainConfig)
+        self.pulse = Pulse(socket_dir, role, os.getpid())
+        self.stopping = False
+        self._supervisor_pid = supervisor_pid
+        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def _stop(self, signum: int, frame: Any) -> None:
+        self.stopping = True
+
+    def check(self, **values: float | int | str | bool | None) -> None:
+        """Send the pulse; raise Stop if the role should end."""
+        self.pulse.note(**values)
+        if self.stopping or os.getppid() != self._supervisor_pid:
+            raise Stop
+
+    @property
+    def index(self) -> int:
+        """Number of this role among those of its kind."""
+        return int("".join(filter(str.isdigit, self.role)) or 0)
+
+
+def buffer_role(context: Context) -> None:
+    """The one writer of the replay log."""
+    segment_bytes = context.config.buffer.segment_mib << 20
+    service = BufferService(
+        context.run.buffer,
+        address(context.socket_dir, "buffer"),
+        segment_bytes=segment_bytes,
+    )
+    try:
+        while True:
+            service.poll(0.2)
+            context.check(state="serving")
+    finally:
+        service.close()
+
+
+def actor_role(context: Context) -> None:
+    """Robots that act; their steps go to the buffer, weights come between chunks."""
+    from embodied.run.actor import Actor
+    from embodied.run.build import make_reader
+    from embodied.run.lockstep import result_row
+
+    run, config = context.run, context.config
+    results: list[Any] = []
+
+    def on_result(result: Any) -> None:
+        results.append(result)
+        run.metrics(context.role, result_row(result))
+
+    with BufferClient(address(context.socket_dir, "buffer"), context.role) as sink:
+        actor = Actor(config, context.index, sink, WeightStore(run.weights), on_result)
+        try:
+            actor.recall(make_reader(run, config))
+            _act(context, actor, sink, results)
+        finally:
+            try:
+                sink.flush(timeout_s=10.0)
+            finally:
+                actor.close()
+
+
+def _act(context: Context, actor: Any, sink: BufferClient, results: list[Any]) -> None:
+    run, rollout = context.run, actor.rollout
+    started_s, ticks, polled_s = time.monotonic(), 0, 0.0
+    ages_s: list[float] = []
+    while True:
+        if time.monotonic() - polled_s > 0.2:
+            polled_s = time.monotonic()
+            actor.poll_weights()
+            context.check(
+                episodes=len(results),
+                demonstrating=actor.demonstrating,
+                version=rollout.version,
+            )
+        decisions = len(rollout.latencies_s)
+        actor.tick()
+        if len(rollout.latencies_s) > decisions:
+            ages_s.append((time.monotonic_ns() - actor.published_ns) / 1e9)
+        if rollout.idle:
+            sink.flush(timeout_s=10.0)
+            context.check()
+            time.sleep(_IDLE_S)
+        elapsed_s = time.monotonic() - started_s
+        if elapsed_s >= _REPORT_S:
+            rate = (rollout.ticks - ticks) / elapsed_s
+            row: dict[str, Any] = {"steps_per_s": rate, "unacknowledged": sink.unacknowledged}
+            if rollout.latencies_s:
+                row["latency_ms"] = [round(1e3 * x, 3) for x in rollout.latencies_s]
+                row["weight_age_s"] = [round(x, 3) for x in ages_s]
+            run.timings(context.role, row)
+            status = [{**device, "role": context.role} for device in actor.status()]
+            write_atomic(run.path / "devices" / f"{context.role}.json", msgspec.json.encode(status))
+            context.check(steps_per_s=rate)
+            started_s, ticks = time.monotonic(), rollout.ticks
+            rollout.latencies_s.clear()
+            ages_s.clear()
+
+
+def learner_role(context: Context) -> None:
+    """Gradient steps until the budget is used up; publishes weights and checkpoints."""
+    import torch
+
+    from embodied.run.build import demonstrations_wanted, make_trainer
+
+    run, config = context.run, context.config
+    torch.set_num_threads(config.learner.threads)
+    rows: list[dict[str, Any]] = []
+
+    def on_metrics(row: dict[str, Any]) -> None:
+        rows.append(row)
+        run.metrics("learner", row)
+
+    trainer = make_trainer(run, config, on_metrics)
+    wanted = demonstrations_wanted(config)
+    while (found := trainer.demonstrations()) < wanted:
+        context.check(state="waiting", demonstrations=found)
+        time.sleep(_IDLE_S)
+    trainer.start()
+    try:
+        _learn(context, trainer, rows)
+    except Stop:
+        trainer.save()
+        raise
+    trainer.publish(final=True)
+    trainer.save()
+
+
+def _learn(context: Context, trainer: Any, rows: list[dict[str, Any]]) -> None:
+    started_s, steps, cpu_s, waited_s = time.monotonic(), trainer.step, time.process_time(), 0.0
+    while not trainer.done:
+        if not trainer.update():
+            waited_s += _IDLE_S
+            context.check(state="limited by the data")
+            time.sleep(_IDLE_S)
+        if trainer.publish_due():
+            trainer.publish(final=False)
+        if trainer.checkpoint_due():
+            trainer.save()
+        elapsed_s = time.monotonic() - started_s
+        if elapsed_s >= _REPORT_S:
+            rate = (trainer.step - steps) / elapsed_s
+            context.run.timings(
+                "learner",
+                {
+                    "step": trainer.step,
+                    "steps_per_s": rate,
+                    "cpu_share": (time.process_time() - cpu_s) / elapsed_s,
+                    "waited_s": waited_s,
+                },
+            )
+            started_s, steps, cpu_s = time.monotonic(), trainer.step, time.process_time()
+            waited_s = 0.0
+            context.check(steps_per_s=rate)
+        context.check(
+            state="training",
+            step=trainer.step,
+            progress=trainer.learner.progress,
+            seconds=trainer.learner.seconds,
+            loss=rows[-1]["loss"] if rows else None,
+        )
+
+
+def evaluator_role(context: Context) -> None:
+    """Evaluates the newest weights on robots of its own, the last ones at full length."""
+    import torch
+
+    from embodied.run import build
+    from embodied.run.evaluate import Evaluator
+    from policies.checkpoint import policy_from_state
+
+    os.nice(5)
+    torch.set_num_threads(1)
+    run, evaluation = context.run, context.config.evaluation
+    store = WeightStore(run.weights)
+    evaluator = Evaluator(context.config.task, context.config.sim, rows=evaluation.rows)
+    done_step = max((row["step"] for row in run.read("metrics", "evaluation")), default=0)
+    try:
+        while True:
+            context.check(state="waiting")
+            version = store.latest_version()
+            if version is None:
+                time.sleep(_IDLE_S * 4)
+                continue
+            metadata = store.manifest(version).metadata
+            final, step = bool(metadata["final"]), int(metadata["step"])
+            if not final and step - done_step < evaluation.every_steps:
+                time.sleep(_IDLE_S * 4)
+                continue
+            arrays, manifest = store.load(version)
+            episodes = evaluation.final_episodes if final else evaluation.episodes
+            films = build.film_paths(run, range(evaluation.videos), f"step{step:07d}")
+            results = evaluator.run(
+                policy_from_state(manifest.config, arrays),
+                version,
+                range(episodes),
+                films=films,
+                keep_going=_unless_final(context, store, version, final),
+            )
+            if len(results) == episodes:
+                seconds = float(metadata["seconds"])
+                row = build.evaluation_row(version, step, seconds, final, results)
+                run.metrics("evaluation", row)
+                context.pulse.note(
+                    success=row["success_rate"],
+                    reward=row["max_reward"],
+                    evaluated_step=step,
+                )
+                done_step = step
+            if final:
+                return
+    finally:
+        evaluator.close()
+
+
+def _unless_final(
+    context: Context, store: WeightStore, version: int, final: bool
+) -> Callable[[], bool]:
+    ticks = 0
+
+    def keep_going() -> bool:
+        nonlocal ticks
+        ticks += 1
+        if ticks % 20:
+            return True
+        context.check(state="evaluating")
+        newest = store.latest_version()
+        superseded = newest is not None and newest > version
+        return final or not (superseded and bool(store.manifest(newest or 0).metadata["final"]))
+
+    return keep_going
+
+
+ROLES: dict[str, Callable[[Context], None]] = {
+    "buffer": buffer_role,
+    "actor": actor_role,
+    "learner": learner_role,
+    "evaluator": evaluator_role,
+}
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process when its parent dies, however that dies (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def main() -> int:
+    """Entry of a role process: role name, run directory, socket directory, supervisor's pid."""
+    role, path, socket_dir, supervisor_pid = sys.argv[1:5]
+    die_with_parent()
+    np.seterr(all="ignore")
+    context = Context(role, RunDir(Path(path)), socket_dir, int(supervisor_pid))
+    try:
+        ROLES[role.rstrip("0123456789")](context)
+    except Stop:
+        return 0
+    except LinkError as error:
+        sys.stderr.write(f"{role}: {error}\n")
+        return 1
+    except EmbodiedError as error:
+        context.run.event("role failed", role=role, error=str(error))
+        sys.stderr.write(f"{role}: {type(error).__name__}: {error}\n")
+        return FAILED
+    finally:
+        context.pulse.close()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

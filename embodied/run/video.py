@@ -1,0 +1,45 @@
+"""Films of rollouts."""
+
+from pathlib import Path
+from typing import Any
+
+from hal.device import Device
+
+_FPS = 20
+_SIDE = 224
+
+
+class Film:
+    """Films one device's episodes as mp4, at 20 pictures per second of the device's time."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._every = max(1, round(device.spec.tick_hz / _FPS))
+        self._fps = device.spec.tick_hz / self._every
+        self._pictures: list[Any] = []
+        self._count = 0
+
+    def picture(self) -> None:
+        """Take a picture, if one is due at this tick."""
+        if self._count % self._every == 0:
+            picture = self._device.render(_SIDE, _SIDE)
+            if picture is not None:
+                self._pictures.append(picture)
+        self._count += 1
+
+    def save(self, path: Path) -> bool:
+        """Write the film, forget it; False if the device cannot draw itself."""
+        import imageio.v2 as imageio
+
+        pictures, self._pictures, self._count = self._pictures, [], 0
+        if not pictures:
+            return False
+        temporary = path.with_name(f".{path.name}")
+        film: Any = imageio.get_writer(
+            temporary, format="FFMPEG", fps=self._fps, codec="libx264", macro_block_size=16
+        )
+        with film:
+            for picture in [*pictures, *[pictures[-1]] * int(self._fps / 2)]:
+                film.append_data(picture)
+        temporary.rename(path)
+        return True

@@ -1,0 +1,7 @@
+"""Robots as devices: enumerated, given a stream of chunks, watched and reset."""
+
+from hal.device import Device, DeviceInfo, Health
+from hal.discovery import DeviceRow, devices
+from hal.group import DeviceGroup, make_group
+
+__all__ = ["Device", "DeviceGroup", "DeviceInfo", "DeviceRow", "Health", "devices", "make_group"]

@@ -1,0 +1,1 @@
+"""Policies: networks, schedules, samplers, their checkpoints, and what builds them."""

@@ -1,0 +1,25 @@
+"""Bounds in single precision, and padded chunks. Shapes: B batch, H chunk, D action."""
+
+import numpy as np
+import torch
+
+from embodied.core.specs import ArraySpec
+
+
+def float32_bounds(spec: ArraySpec) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds rounded inward, so that a float32 inside them is inside the float64 ones too."""
+    low, high = spec.bounds()
+    low32, high32 = low.astype(np.float32), high.astype(np.float32)
+    low32 = np.where(low32 < low, np.nextafter(low32, np.float32(np.inf)), low32)
+    high32 = np.where(high32 > high, np.nextafter(high32, np.float32(-np.inf)), high32)
+    return low32, high32
+
+
+def without_padding(action_BHD: torch.Tensor, pad_BH: torch.Tensor) -> torch.Tensor:
+    """Padded steps replaced by the nearest earlier valid action, else by the first valid one."""
+    steps_H = torch.arange(pad_BH.shape[1], device=pad_BH.device)
+    last_BH = torch.where(pad_BH, -1, steps_H).cummax(dim=1).values
+    first_B1 = (~pad_BH).int().argmax(dim=1, keepdim=True)
+    index_BH = torch.where(last_BH < 0, first_B1, last_BH)
+    filled_BHD = action_BHD.gather(1, index_BH[..., None].expand_as(action_BHD))
+    return filled_BHD.masked_fill(pad_BH.all(dim=1)[:, None, None], 0.0)

@@ -1,0 +1,237 @@
+"""Policies as data: a configuration and named arrays, in memory or in a directory.
+
+A checkpoint directory holds config.json (format, registered name, PolicySpec, options, hashes) and
+model.safetensors (network and normalisers). Nothing in it is code; a name that is not registered,
+an array that the named policy does not have, or a byte that changed is refused.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import safetensors
+import safetensors.numpy
+import torch
+from torch.overrides import TorchFunctionMode
+
+from embodied.core.config import component
+from embodied.core.errors import ConfigError, CorruptDataError, SpecError
+from embodied.core.files import fsync_directory, write_atomic
+from embodied.core.registry import resolve
+from embodied.core.specs import PolicySpec
+from policies.base import GenerativePolicy
+
+FORMAT = 1
+CONFIG, MODEL = "config.json", "model.safetensors"
+MAX_CONFIG_BYTES = 1 << 20
+HEADER_BYTES_PER_ARRAY = 512
+MAX_ELEMENTS = 1 << 22
+REMEDY = "Restore the directory from a copy, or use another checkpoint."
+
+
+def policy_state(policy: GenerativePolicy[Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A policy as (configuration of plain JSON values, arrays by name, copied to memory).
+
+    ConfigError if the policy's class is not the one registered under its name.
+    """
+    if resolve("policies", policy.name) is not type(policy):
+        raise ConfigError(
+            f"{type(policy).__qualname__} is not the policy registered as '{policy.name}'; "
+            "register it, so that its checkpoints can be loaded"
+        )
+    config = {
+        "format": FORMAT,
+        "policy": policy.name,
+        "spec": _finite(msgspec.to_builtins(policy.spec)),
+        "options": msgspec.to_builtins(policy.config),
+    }
+    arrays = {k: v.detach().cpu().numpy().copy() for k, v in policy.state_dict().items()}
+    return config, arrays
+
+
+def policy_from_state(
+    config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> GenerativePolicy[Any]:
+    """The policy that `policy_state` described.
+
+    ConfigError: the configuration names something unknown or unusable. CorruptDataError: it has
+    another format, or the arrays are not exactly the policy's in name, shape and dtype, or not
+    finite. Shapes are compared before any memory is taken for the model.
+    """
+    _check_arrays(arrays, _expected_arrays(config))
+    policy = _construct(config)
+    load_arrays(policy, arrays)
+    return policy
+
+
+def load_arrays(policy: GenerativePolicy[Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Replace a policy's weights and normalisers in place: all of them, or none and an error.
+
+    Faster than `policy_from_state` for new weights of the same configuration. CorruptDataError as
+    there.
+    """
+    state = policy.state_dict()
+    _check_arrays(arrays, _shapes(state))
+    with torch.no_grad():
+        for key, value in state.items():
+            value.copy_(torch.from_numpy(np.array(arrays[key])))
+
+
+def save_policy(path: Path, policy: GenerativePolicy[Any]) -> None:
+    """Write a checkpoint directory; it appears whole, and replaces one of the same name."""
+    config, arrays = policy_state(policy)
+    model = safetensors.numpy.save(arrays)
+    content = {**config, "model_sha256": hashlib.sha256(model).hexdigest()}
+    sealed = {**content, "sha256": _digest(content)}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write_atomic(temporary / MODEL, model)
+        write_atomic(temporary / CONFIG, json.dumps(sealed, indent=2, allow_nan=False).encode())
+        if path.exists():
+            aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+            os.replace(path, aside)
+            os.replace(temporary, path)
+            shutil.rmtree(aside)
+        else:
+            os.replace(temporary, path)
+        fsync_directory(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_policy(path: Path) -> GenerativePolicy[Any]:
+    """Read a checkpoint directory; ConfigError or CorruptDataError name what is wrong with it."""
+    try:
+        config = _read_config(path / CONFIG)
+        arrays = _read_model(path / MODEL, config)
+        return policy_from_state(config, arrays)
+    except (ConfigError, CorruptDataError) as error:
+        raise type(error)(f"checkpoint {path}: {error} {REMEDY}") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        sealed = json.loads(_read(path, MAX_CONFIG_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise CorruptDataError(f"{CONFIG} is no JSON: {error}.") from error
+    if not isinstance(sealed, dict):
+        raise CorruptDataError(f"{CONFIG} is no JSON object.")
+    content = {key: value for key, value in sealed.items() if key != "sha256"}
+    if sealed.get("sha256") != _digest(content):
+        raise CorruptDataError(f"{CONFIG} does not match its own hash: a byte was changed.")
+    return content
+
+
+def _read_model(path: Path, config: dict[str, Any]) -> dict[str, np.ndarray]:
+    expected = _expected_arrays(config)
+    size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in expected.values())
+    data = _read(path, size + HEADER_BYTES_PER_ARRAY * (len(expected) + 1))
+    if hashlib.sha256(data).hexdigest() != config.get("model_sha256"):
+        raise CorruptDataError(f"{MODEL} does not match its hash in {CONFIG}.")
+    try:
+        return safetensors.numpy.load(data)
+    except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise CorruptDataError(f"{MODEL} cannot be read: {error}.") from error
+
+
+def _read(path: Path, limit: int) -> bytes:
+    if not path.is_file():
+        raise CorruptDataError(f"{path.name} is missing or no regular file.")
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise CorruptDataError(f"{path.name} is larger than the {limit} bytes it may have.")
+    return data
+
+
+Shapes = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    """Skips random initialisation; on the meta device it would load torch's compiler (seconds)."""
+
+    SKIPPED = frozenset({"uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_"})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.SKIPPED:
+            return args[0] if args else (kwargs or {}).get("tensor")
+        return func(*args, **(kwargs or {}))
+
+
+def _expected_arrays(config: Mapping[str, Any]) -> Shapes:
+    """Names, shapes and dtypes of the described policy, without memory for its weights."""
+    with torch.device("meta"):
+        return _shapes(_construct(config).state_dict())
+
+
+def _shapes(state: Mapping[str, torch.Tensor]) -> Shapes:
+    return {
+        key: (tuple(value.shape), np.dtype(str(value.dtype).removeprefix("torch.")))
+        for key, value in state.items()
+    }
+
+
+def _check_arrays(arrays: Mapping[str, np.ndarray], expected: Shapes) -> None:
+    if arrays.keys() != expected.keys():
+        odd = sorted(arrays.keys() ^ expected.keys())
+        raise CorruptDataError(f"arrays missing or not the policy's: {', '.join(odd[:4])}.")
+    for key, (shape, dtype) in expected.items():
+        array = arrays[key]
+        if array.shape != shape or array.dtype != dtype:
+            raise CorruptDataError(
+                f"{key} is {array.dtype} {array.shape}; the policy has {dtype} {shape}."
+            )
+        if not np.isfinite(array).all():
+            raise CorruptDataError(f"{key} holds values that are not finite.")
+
+
+def _construct(config: Mapping[str, Any]) -> GenerativePolicy[Any]:
+    fields = {"format", "policy", "spec", "options"}
+    if not fields <= config.keys() or config["format"] != FORMAT:
+        raise CorruptDataError(f"the configuration is not of format {FORMAT}.")
+    if not isinstance(config["options"], Mapping):
+        raise CorruptDataError("the configuration's options are no mapping.")
+    cls, options = component("policies", {**config["options"], "name": config["policy"]}, "policy")
+    try:
+        spec = msgspec.convert(_infinite(config["spec"]), PolicySpec)
+    except (msgspec.ValidationError, SpecError) as error:
+        raise CorruptDataError(f"the policy's spec cannot be read: {error}.") from error
+    sizes = [spec.action.size * spec.horizon]
+    sizes += [spec.n_obs_steps * array.size for array in spec.observation.values()]
+    if max(sizes) > MAX_ELEMENTS:
+        raise ConfigError(f"the policy's spec has {max(sizes)} elements; that is too many.")
+    with _WithoutInitialisation():
+        return cls(spec, options)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 over the canonical JSON text."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _finite(value: Any) -> Any:
+    """Replace infinities, which JSON lacks, by "inf" and "-inf"."""
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+
+def _infinite(value: Any) -> Any:
+    """Inverse of _finite; no text of a spec is otherwise "inf" or "-inf"."""
+    if isinstance(value, Mapping):
+        return {k: _infinite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_infinite(v) for v in value]
+    return float(value) if value in ("inf", "-inf") else value

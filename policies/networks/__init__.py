@@ -1,0 +1,1 @@
+"""Networks that map a noisy chunk, a time and a conditioning vector to a chunk."""

@@ -1,0 +1,36 @@
+"""Noise that depends on a row's seed alone. Shapes: B batch, H chunk, D action."""
+
+import numpy as np
+import torch
+
+from embodied.core.errors import SpecError
+
+
+def check_seeds(seed: np.ndarray, batch: int) -> list[int]:
+    """One non-negative integer per row; SpecError unless `seed` is an integer array [batch]."""
+    seed = np.asarray(seed)
+    if seed.shape != (batch,) or seed.dtype.kind not in "iu":
+        raise SpecError(
+            f"seed has shape {seed.shape} and dtype {seed.dtype}; "
+            f"it must hold one integer for each of the {batch} rows"
+        )
+    return [int(value) % 2**64 for value in seed]
+
+
+def start_noise(seeds: list[int], horizon: int, action_dim: int) -> torch.Tensor:
+    """Standard normal [B, H, D] float32; row b comes from a Philox generator of seeds[b]."""
+    noise_BHD = np.empty((len(seeds), horizon, action_dim), np.float32)
+    for row_HD, seed in zip(noise_BHD, seeds, strict=True):
+        bits = np.random.Philox(np.random.SeedSequence(seed))
+        np.random.Generator(bits).standard_normal(out=row_HD, dtype=np.float32)
+    return torch.from_numpy(noise_BHD)
+
+
+def step_generators(seeds: list[int]) -> list[torch.Generator]:
+    """One CPU generator per row, for the noise a stochastic sampler adds after the start."""
+    return [
+        torch.Generator("cpu").manual_seed(
+            int(np.random.SeedSequence([seed, 1]).generate_state(1, np.uint64)[0]) >> 1
+        )
+        for seed in seeds
+    ]

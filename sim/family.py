@@ -1,0 +1,126 @@
+"""A family of simulated tasks: what one adapter to one simulator provides."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+
+from embodied.core import registry
+from embodied.core.clock import Clock, VirtualClock
+from embodied.core.errors import ConfigError, MissingDependencyError
+from embodied.core.frames import Frame
+from embodied.core.protocols import SimulatedDriver
+from embodied.core.seeds import derive_seed
+from embodied.core.specs import DeviceSpec
+from embodied.core.tasks import Expert, Outcome, Resettable
+from hal.device import Device, DeviceInfo
+
+EVALUATION_SEEDS = 1 << 20
+"""Seeds below this are for evaluation; no training episode ever starts from one of them."""
+
+
+class SimConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How tasks are simulated; the same for collection and evaluation.
+
+    cameras: names of the simulator's cameras to observe. image_size: pixels, square.
+    shadows: draw shadows and reflections (several times slower in software).
+    horizon: ticks until truncation; None takes the family's.
+    """
+
+    cameras: tuple[str, ...] = ()
+    image_size: int = 96
+    shadows: bool = False
+    horizon: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 16 <= self.image_size <= 1024:
+            raise ConfigError(f"sim.image_size is {self.image_size}; use 16 to 1024 pixels")
+        if self.horizon is not None and self.horizon < 1:
+            raise ConfigError(f"sim.horizon is {self.horizon}; it must be at least 1 tick")
+
+
+@dataclass(frozen=True)
+class SimTask:
+    """A task that the simulator's signals judge: success ends the episode."""
+
+    name: str
+    instruction: str
+    horizon: int
+
+    def reset(self, device: Resettable, seed: int) -> int:
+        """Set the simulator to the start state of `seed`."""
+        return device.reset(seed)
+
+    def judge(self, frame: Frame, elapsed_ticks: int) -> Outcome:
+        """Success terminates; the horizon truncates."""
+        success = frame.signals["success"] > 0
+        truncated = not success and elapsed_ticks >= self.horizon
+        return Outcome(frame.signals["reward"], success, truncated, success)
+
+
+class Family(Protocol):
+    """One simulator's tasks. `task` is the part after the slash; "" where there is only one."""
+
+    def names(self) -> tuple[str, ...]:
+        """Full names of all tasks."""
+        ...
+
+    def make_task(self, task: str, config: SimConfig) -> SimTask:
+        """Instruction, horizon and judge."""
+        ...
+
+    def make_driver(self, task: str, config: SimConfig) -> SimulatedDriver:
+        """A simulated robot set up for the task; nothing is loaded before `open`."""
+        ...
+
+    def make_expert(self, task: str, spec: DeviceSpec) -> Expert | None:
+        """The scripted supervisor, if there is one."""
+        ...
+
+
+def find(name: str) -> tuple[Family, str]:
+    """Family and task of a name such as "metaworld/assembly"; the nearest match if unknown."""
+    family_name, _, task = name.partition("/")
+    if family_name not in registry.names("tasks"):
+        raise registry.unknown("task", name, [*registry.names("tasks"), *task_names()])
+    family: Family = registry.resolve("tasks", family_name)()
+    if name not in family.names():
+        raise registry.unknown("task", name, family.names())
+    return family, task
+
+
+def task_names() -> list[str]:
+    """Full names of all tasks of every family whose simulator is installed."""
+    found: list[str] = []
+    for family_name in registry.names("tasks"):
+        try:
+            found.extend(registry.resolve("tasks", family_name)().names())
+        except MissingDependencyError:
+            continue
+    return found
+
+
+def make_device(
+    name: str, config: SimConfig, *, row: int = 0, clock: Clock | None = None, host: str = "local"
+) -> Device:
+    """A simulated robot as a device, not yet open. Virtual time unless another clock is given."""
+    family, task = find(name)
+    info = DeviceInfo(id=f"{name}:{row}", kind=name.partition("/")[0], host=host)
+    return Device(family.make_driver(task, config), info=info, clock=clock or VirtualClock())
+
+
+def training_seed(root: int, *path: str | int) -> int:
+    """A start state's seed for training, outside of the evaluation seeds."""
+    return EVALUATION_SEEDS + derive_seed(root, *path) % ((1 << 31) - EVALUATION_SEEDS)
+
+
+def enumerate_devices() -> list[dict[str, Any]]:
+    """One row a family for `hal.devices()`: what could be opened here."""
+    rows: list[dict[str, Any]] = []
+    for family_name in registry.names("tasks"):
+        try:
+            count = len(registry.resolve("tasks", family_name)().names())
+            rows.append({"id": family_name, "kind": "simulator", "detail": f"{count} tasks"})
+        except MissingDependencyError as error:
+            rows.append({"id": family_name, "kind": "simulator", "fault": str(error)})
+    return rows

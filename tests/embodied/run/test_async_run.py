@@ -1,0 +1,215 @@
+"""The process engine on the point mass: kills, interruption, full disk, wrong data."""
+
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from embodied.buffer.replay import ReplayReader
+from embodied.core.rundir import RunDir
+from embodied.weights.store import WeightStore
+
+SMALL = [
+    "task=pointmass",
+    "actors.speed=10",
+    "demonstrations.episodes=4",
+    "policy.n_obs_steps=1",
+    "policy.horizon=8",
+    "policy.n_action_steps=4",
+    "+policy.network.width=64",
+    "+policy.network.depth=1",
+    "learner.batch_size=64",
+    "learner.publish_every=100",
+    "learner.checkpoint_every=200",
+    "learner.warmup_steps=10",
+    "evaluation.episodes=4",
+    "evaluation.final_episodes=8",
+    "evaluation.every_steps=500",
+    "evaluation.rows=4",
+    "evaluation.videos=1",
+    "buffer.segment_mib=1",
+]
+
+
+def start(path, *extra, wrapper=()):
+    command = [sys.executable, "-m", "embodied.cli.main", "train", *SMALL, f"run.dir={path}"]
+    return subprocess.Popen(
+        [*wrapper, *command, *extra],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition, timeout_s=90.0):
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"{condition.__name__} did not come true in {timeout_s} s")
+
+
+def finish(process, timeout_s=120.0):
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, output
+
+
+def role_pids(run):
+    return {e["role"]: e["pid"] for e in run.events() if e["event"] == "role started"}
+
+
+def recorded(run):
+    reader = ReplayReader(run.buffer)
+    reader.refresh()
+    assert not reader.damaged
+    return reader
+
+
+def assert_whole(run):
+    """Every closed episode has each of its steps once and its last observation."""
+    for episode in recorded(run).closed_episodes():
+        assert (episode.rows >= 0).all() and len(set(episode.rows.tolist())) == len(episode.rows)
+        assert episode.final_row >= 0
+
+
+def test_every_role_may_be_killed_and_the_run_still_ends_well(tmp_path):
+    run = RunDir(tmp_path / "run")
+    process = start(run.path, "learner.steps=6000", "evaluation.every_steps=1500")
+
+    def learning():
+        rows = run.read("metrics", "learner")
+        return rows and rows[-1]["step"] >= 300
+
+    try:
+        wait_for(learning)
+        for role in ("buffer", "actor0", "learner", "evaluator"):
+            before = role_pids(run)[role]
+            os.kill(before, signal.SIGKILL)
+
+            def restarted(role=role, before=before):
+                return role_pids(run)[role] != before
+
+            wait_for(restarted)
+        status, output = finish(process)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert status == 0, output
+    ended = [e["role"] for e in run.events() if e["event"] == "role ended"]
+    assert sorted(ended) == ["actor0", "buffer", "evaluator", "learner"]
+    last = run.read("metrics", "evaluation")[-1]
+    assert last["final"] and last["step"] == 6000 and last["episodes"] == 8
+    steps = [row["step"] for row in run.read("metrics", "learner")]
+    assert steps[-1] == 6000
+    resumed = [b for a, b in itertools.pairwise(steps) if b <= a]
+    assert all(step >= 250 for step in resumed), "the learner began again instead of resuming"
+    assert_whole(run)
+    demonstrations = [
+        e for e in recorded(run).closed_episodes() if e.interventions == len(e.rows) and e.success
+    ]
+    assert len(demonstrations) >= 4
+    assert run.report.exists()
+
+
+@pytest.mark.slow
+def test_new_weights_reach_actors_while_they_act(tmp_path):
+    run = RunDir(tmp_path / "run")
+    status, output = finish(start(run.path, "learner.steps=1500"))
+    assert status == 0, output
+    versions = {e.policy_versions[1] for e in recorded(run).closed_episodes()}
+    assert len(versions - {-1}) >= 3, "actors kept acting with old weights"
+    ages = [a for row in run.read("timings", "actor0") for a in row.get("weight_age_s", [])]
+    assert ages and min(ages) >= 0
+
+
+def test_interrupting_keeps_everything_and_resuming_goes_on(tmp_path):
+    run = RunDir(tmp_path / "run")
+    process = start(run.path, "learner.steps=100000")
+
+    def learning():
+        rows = run.read("metrics", "learner")
+        return rows and rows[-1]["step"] >= 400
+
+    wait_for(learning)
+    process.send_signal(signal.SIGINT)
+    status, output = finish(process, 60)
+    assert status == 130
+    assert "Traceback" not in output and "run.resume=true" in output
+    assert not run.in_use()
+    step = run.read("metrics", "learner")[-1]["step"]
+    steps_recorded = recorded(run).num_steps
+    assert_whole(run)
+    status, output = finish(start(run.path, "run.resume=true", f"learner.steps={step + 300}"), 120)
+    assert status == 0, output
+    steps = [row["step"] for row in run.read("metrics", "learner")]
+    assert steps[-1] >= step + 250 and steps == sorted(steps)
+    assert recorded(run).num_steps > steps_recorded
+    manifest = WeightStore(run.weights).manifest(WeightStore(run.weights).latest_version())
+    assert manifest.metadata["step"] == step + 300
+
+
+@pytest.mark.slow
+def test_roles_end_when_the_supervisor_is_killed(tmp_path):
+    run = RunDir(tmp_path / "run")
+    process = start(run.path, "learner.steps=100000")
+
+    def started():
+        return len(role_pids(run)) == 5
+
+    wait_for(started)
+    process.kill()
+    process.wait()
+
+    def gone():
+        return not any(Path(f"/proc/{pid}").exists() for pid in role_pids(run).values())
+
+    wait_for(gone, 60)
+
+
+def test_a_run_in_use_is_refused(tmp_path):
+    run = RunDir(tmp_path / "run")
+    first = start(run.path, "learner.steps=100000")
+    try:
+        wait_for(run.in_use)
+        wait_for(run.exists)
+        status, output = finish(start(run.path), 60)
+        assert status == 2 and str(first.pid) in output and "in use" in output
+    finally:
+        first.send_signal(signal.SIGINT)
+        finish(first, 60)
+
+
+def _tmpfs(size):
+    """Wrapper that runs its arguments with a tmpfs of this size mounted on $1."""
+    script = f'mount -t tmpfs -o size={size} tmpfs "$0" && exec "$@"'
+    for unshare in (["unshare", "-m"], ["unshare", "-rm"]):
+        probe = subprocess.run(
+            [*unshare, "sh", "-c", 'mount -t tmpfs tmpfs "$0"', "/mnt"],
+            capture_output=True,
+            check=False,
+        )
+        if probe.returncode == 0:
+            return lambda mount: [*unshare, "sh", "-c", script, str(mount)]
+    pytest.skip("a tmpfs cannot be mounted here")
+
+
+def test_a_full_disk_ends_in_one_paragraph(tmp_path):
+    wrapper = _tmpfs("3m")
+    process = start(tmp_path / "run", "learner.steps=100000", wrapper=wrapper(tmp_path))
+    status, output = finish(process, 120)
+    assert status == 2, output
+    assert "Traceback" not in output
+    assert re.search(r"no\s+space\s+left", output) and re.search(r"intact", output)

@@ -1,0 +1,160 @@
+"""The deterministic engine on the point mass, through the command line's own entry."""
+
+import json
+
+import pytest
+
+from embodied.buffer.replay import ReplayReader
+from embodied.cli.main import main
+from embodied.core.rundir import RunDir
+from embodied.weights.store import WeightStore
+
+FAST = [
+    "task=pointmass",
+    "run.mode=lockstep",
+    "actors.speed=0",
+    "actors.ticks_per_round=60",
+    "demonstrations.episodes=4",
+    "policy.n_obs_steps=1",
+    "policy.horizon=8",
+    "policy.n_action_steps=4",
+    "+policy.network.width=64",
+    "+policy.network.depth=1",
+    "learner.batch_size=64",
+    "learner.steps=300",
+    "learner.steps_per_round=50",
+    "learner.publish_every=50",
+    "learner.checkpoint_every=100",
+    "learner.warmup_steps=10",
+    "learner.learning_rate=0.003",
+    "learner.ema_decay=0.95",
+    "evaluation.episodes=4",
+    "evaluation.final_episodes=8",
+    "evaluation.every_steps=150",
+    "evaluation.rows=4",
+    "evaluation.videos=1",
+    "buffer.segment_mib=1",
+]
+
+
+def train(path, *extra):
+    return main(["train", *FAST, f"run.dir={path}", *extra])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    path = tmp_path_factory.mktemp("lockstep") / "run"
+    assert train(path) == 0
+    return RunDir(path)
+
+
+def test_the_policy_learns_and_the_report_shows_it(finished):
+    rows = finished.read("metrics", "evaluation")
+    assert [row["final"] for row in rows] == [False, True]
+    assert rows[-1]["success_rate"] >= 0.75
+    assert rows[-1]["seeds"] == list(range(8))
+    page = finished.report.read_text()
+    assert "<svg" in page and "data:video/mp4;base64," in page and "/8 =" in page
+    losses = [row["loss"] for row in finished.read("metrics", "learner")]
+    assert losses[-1] < losses[0]
+
+
+def test_two_runs_with_one_seed_write_the_same_metrics(finished, tmp_path):
+    assert train(tmp_path / "again") == 0
+    again = RunDir(tmp_path / "again")
+    assert finished.streams("metrics") == again.streams("metrics")
+    for stream in finished.streams("metrics"):
+        name = f"metrics/{stream}.jsonl"
+        assert (finished.path / name).read_bytes() == (again.path / name).read_bytes(), stream
+    assert train(tmp_path / "other", "seed=1") == 0
+    other = RunDir(tmp_path / "other").read("metrics", "learner")
+    assert other != finished.read("metrics", "learner")
+
+
+def test_dagger_records_corrections_with_the_version_that_acted(finished):
+    reader = ReplayReader(finished.buffer)
+    reader.refresh()
+    episodes = reader.closed_episodes()
+    demonstrations = [e for e in episodes if e.interventions == len(e.rows)]
+    corrected = [e for e in episodes if 0 < e.interventions < len(e.rows)]
+    assert len(demonstrations) >= 4 and corrected
+    assert all(e.policy_versions[1] >= 1 for e in corrected)
+    assert {e.task for e in episodes} == {"pointmass"}
+
+
+def test_published_weights_load_and_carry_their_step(finished):
+    store = WeightStore(finished.weights)
+    version = store.latest_version()
+    assert version is not None
+    manifest = store.manifest(version)
+    assert manifest.metadata["step"] == 300 and manifest.metadata["final"]
+
+
+def test_a_finished_run_is_not_overwritten(finished, capsys):
+    before = finished.read("metrics", "evaluation")
+    assert train(finished.path) == 2
+    assert "run.resume=true" in capsys.readouterr().err
+    assert finished.read("metrics", "evaluation") == before
+
+
+def test_evaluation_of_a_run_repeats_its_last_row(finished, capsys):
+    arguments = [f"checkpoint={finished.path}", "episodes=8", "rows=4"]
+    assert main(["eval", "--json", *arguments]) == 0
+    result = json.loads(capsys.readouterr().out)
+    last = finished.read("metrics", "evaluation")[-1]
+    assert result["successes"] == last["successes"]
+    assert result["mean_ticks"] == pytest.approx(last["mean_ticks"], abs=0.5)
+
+
+def test_resuming_continues_the_steps_and_the_data(tmp_path):
+    path = tmp_path / "run"
+    assert train(path, "learner.steps=100") == 0
+    run = RunDir(path)
+    recorded = ReplayReader(run.buffer)
+    recorded.refresh()
+    before = recorded.num_steps
+    assert train(path, "run.resume=true") == 0
+    steps = [row["step"] for row in run.read("metrics", "learner")]
+    assert steps == sorted(steps) and steps[-1] == 300
+    reader = ReplayReader(run.buffer)
+    reader.refresh()
+    assert reader.num_steps > before
+    demonstrations = [e for e in reader.closed_episodes() if e.interventions == len(e.rows)]
+    assert 4 <= len(demonstrations) <= 8, "demonstrations are not collected a second time"
+
+
+def test_resuming_something_else_is_refused(finished, capsys):
+    assert train(finished.path, "run.resume=true", "algorithm=bc") == 2
+    assert "algorithm differs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+def test_a_damaged_checkpoint_says_how_to_go_on(tmp_path, capsys, damage):
+    path = tmp_path / "run"
+    assert train(path, "learner.steps=100", "learner.checkpoint_every=50") == 0
+    checkpoint = path / "checkpoints" / "learner.safetensors"
+    data = bytearray(checkpoint.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 0x10
+    else:
+        del data[len(data) // 2 :]
+    checkpoint.write_bytes(data)
+    assert train(path, "run.resume=true") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "damaged" in said and "learner-previous.safetensors" in said
+    checkpoint.unlink()
+    assert train(path, "run.resume=true", "learner.steps=100") == 0
+
+
+def test_flow_and_diffusion_over_both_networks_train(tmp_path):
+    for policy, network, extra in (
+        ("diffusion", "mlp", ["+policy.network.width=64", "+policy.network.depth=1"]),
+        ("flow", "unet1d", ["+policy.network.channels=[16,32]"]),
+    ):
+        base = [item for item in FAST if not item.startswith("+policy.network")]
+        path = tmp_path / f"{policy}-{network}"
+        overrides = [f"policy={policy}", f"policy/network={network}", *extra]
+        overrides += ["learner.steps=50", "algorithm=bc", "evaluation.videos=0"]
+        assert main(["train", *base, f"run.dir={path}", *overrides]) == 0
+        (row,) = RunDir(path).read("metrics", "evaluation")
+        assert row["final"] and row["step"] == 50
