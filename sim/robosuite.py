@@ -12,7 +12,7 @@ from embodied.core.specs import ArraySpec, DeviceSpec
 from embodied.core.tasks import Expert
 from sim import rendering
 from sim.family import SimConfig, SimTask
-from sim.robosuite_experts import EXPERTS, seed_reset
+from sim.robosuite_experts import EXPERTS, seed_reset, seeded_numpy
 
 _TICK_HZ = 20.0
 _VIDEO_CAMERA = "frontview"
@@ -90,7 +90,8 @@ class RobosuiteDriver:
     def open(self) -> None:
         rendering.choose_backend()
         logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        # Lift draws the size of its cube when it is made.
+        with warnings.catch_warnings(), seeded_numpy(0):
             warnings.simplefilter("ignore")
             import robosuite
 

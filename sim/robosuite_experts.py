@@ -6,9 +6,8 @@ the Panda's default BASIC composite controller (OSC_POSE deltas along the world'
 Lengths are in metres, angles in radians, quaternions (x, y, z, w), positions in the world frame.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
@@ -31,19 +30,25 @@ JOINT_HIGH = np.array((2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973))
 JOINT_HOME = np.array((0.0, np.pi / 16, 0.0, -5 * np.pi / 6, 0.0, np.pi - 0.2, np.pi / 4))
 
 
-def seed_reset(env: Any, seed: int) -> dict[str, np.ndarray]:
-    """Reset ``env`` to the initial state that belongs to ``seed``; return its first observation.
+@contextmanager
+def seeded_numpy(seed: int) -> Generator[None]:
+    """Seed NumPy's legacy global generator for a while, then put its state back.
 
-    robosuite 1.5.1 draws placements and joint noise from NumPy's legacy global generator, not from
-    ``env.rng``: it is seeded here and put back after. Building Lift draws its cube's size alike and
-    soft resets keep it: for equal models, seed NumPy before ``robosuite.make`` too.
+    robosuite 1.5.1 draws placements, joint noise and, when it is made, the size of Lift's cube from
+    there; ``env.rng`` and the ``seed`` argument do nothing.
     """
     state = np.random.get_state()
     np.random.seed(seed)
     try:
-        return dict(env.reset())
+        yield
     finally:
         np.random.set_state(state)
+
+
+def seed_reset(env: Any, seed: int) -> dict[str, np.ndarray]:
+    """Reset ``env`` to the initial state that belongs to ``seed``; return its first observation."""
+    with seeded_numpy(seed):
+        return dict(env.reset())
 
 
 Phase = Enum("Phase", "REACH GRASP CARRY RELEASE UNWIND")  # last: away from a joint limit

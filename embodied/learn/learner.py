@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from embodied.buffer.statistics import FeatureStats
-from embodied.core.errors import CorruptDataError
+from embodied.core.errors import CorruptDataError, EmbodiedError
 from embodied.core.files import read_tensors, write_tensors
 from embodied.learn.config import LearnerConfig
 from embodied.learn.ema import EMA
@@ -82,7 +82,7 @@ class Learner:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm)
         if not torch.isfinite(norm):
-            raise FloatingPointError(
+            raise EmbodiedError(
                 f"the gradient of step {self.step} is not finite; lower learner.learning_rate "
                 f"(now {self.config.learning_rate}) or use learner.precision=float32"
             )
