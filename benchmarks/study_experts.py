@@ -1,6 +1,6 @@
 """Success of the scripted experts on fresh start states, through devices and tasks.
 
-    .venv/bin/python benchmarks/study_experts.py --episodes 20 robosuite/Lift robosuite/Stack
+.venv/bin/python benchmarks/study_experts.py --episodes 20 robosuite/Lift robosuite/Stack
 """
 
 import argparse

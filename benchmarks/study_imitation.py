@@ -46,6 +46,8 @@ def train(root: Path, task: str, policy: str, algorithm: str, steps: int, extra:
     """One run, or the result of an earlier one; returns the last evaluation's row."""
     run = RunDir(root / f"{task.replace('/', '-')}-{policy}-{algorithm}")
     final = [row for row in run.read("metrics", "evaluation") if row["final"]]
+    if final and run.read_config()["learner"]["steps"] != steps:
+        raise SystemExit(f"{run.path} was trained for another number of steps; use another --root")
     if not final:
         overrides = [
             f"task={task}",
@@ -99,6 +101,8 @@ def main() -> None:
             low, high = wilson(row["successes"], row["episodes"])
             line += f" {row['successes']}/{row['episodes']} ({100 * low:.0f}–{100 * high:.0f} %) |"
         print(line)
+    for task in tasks:
+        assert len({tuple(results[task, *c]["seeds"]) for c in contenders}) == 1, task
     outcomes = {
         contender: np.concatenate([results[task, *contender]["success"] for task in tasks])
         for contender in contenders
@@ -106,7 +110,8 @@ def main() -> None:
     print("| mean |" + "".join(f" {100 * outcomes[c].mean():.1f} % |" for c in contenders))
     seconds = [row["train_seconds"] for row in results.values()]
     print(
-        f"\nTraining: {options.steps} steps, {np.nanmin(seconds):.0f}–{np.nanmax(seconds):.0f} s."
+        f"\nEach cell is one training run; intervals are over start states. "
+        f"Training: {options.steps} steps, {np.nanmin(seconds):.0f}–{np.nanmax(seconds):.0f} s."
     )
     pairs = [((p, "dagger"), (p, "bc")) for p in POLICIES]
     pairs += [(("flow", a), ("diffusion", a)) for a in ALGORITHMS]

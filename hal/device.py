@@ -97,9 +97,10 @@ class Device:
                 self._driver.open()
                 self._next_ns = self._clock.now_ns()
                 self._open = self._sense(0)
-            except EmbodiedError:
-                raise
-            except Exception as error:
+            except BaseException as error:
+                self._driver.close()
+                if isinstance(error, EmbodiedError) or not isinstance(error, Exception):
+                    raise
                 raise self._lost("open", error) from error
             self._set_health(Health.READY)
         if self._realtime:
@@ -126,7 +127,7 @@ class Device:
             return tick + 1
 
     def submit(self, chunk: Chunk) -> Ticket:
-        """Queue a chunk. Later chunks replace earlier actions for the same ticks."""
+        """Queue a chunk. It replaces everything queued from its first tick on."""
         with self._changed:
             tick = self._opened().tick
             fault = self._fenced(chunk)
@@ -179,7 +180,10 @@ class Device:
             return self._opened()
 
     def frames(self, since_tick: int) -> list[Frame]:
-        """Every frame from `since_tick` to the open one, in order."""
+        """Every frame from `since_tick` to the open one, in order.
+
+        The frame that was open when the device was reset belongs to no episode and is left out.
+        """
         with self._changed:
             newest = self._opened()
             if since_tick <= self._evicted_tick:
@@ -278,7 +282,8 @@ class Device:
             following = self._sense(frame.tick + 1)
         except Exception as error:
             raise self._lost("tick", error) from error
-        self._previous_D = action
+        if action is not None:
+            self._previous_D = action
         if len(self._closed) == self._closed.maxlen:
             self._evicted_tick = self._closed[0].tick
         self._closed.append(replace(frame, action=action, held=action is None))

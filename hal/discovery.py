@@ -85,13 +85,16 @@ def enumerate_gpus() -> list[dict[str, Any]]:
     if program is None:
         return []
     query = "--query-gpu=index,name,memory.used,memory.total,utilization.gpu,temperature.gpu"
-    result = subprocess.run(
-        [program, query, "--format=csv,noheader,nounits"],
-        capture_output=True,
-        text=True,
-        timeout=_TIMEOUT_S,
-        check=False,
-    )
+    try:
+        result = subprocess.run(
+            [program, query, "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return [{"id": "gpu", "kind": "gpu", "fault": f"nvidia-smi is silent for {_TIMEOUT_S} s"}]
     if result.returncode:
         return [
             {"id": "gpu", "kind": "gpu", "fault": result.stderr.strip() or result.stdout.strip()}

@@ -1,5 +1,7 @@
 """A family of simulated tasks: what one adapter to one simulator provides."""
 
+import importlib.util
+import socket
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +19,10 @@ from hal.device import Device, DeviceInfo
 
 EVALUATION_SEEDS = 1 << 20
 """Seeds below this are for evaluation; no training episode ever starts from one of them."""
+
+
+_FRAMES = 4096
+_FRAMES_WITH_PICTURES = 64
 
 
 class SimConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -78,6 +84,14 @@ class Family(Protocol):
         ...
 
 
+def require(package: str) -> None:
+    """Raise MissingDependencyError unless a simulator's package is installed."""
+    if importlib.util.find_spec(package) is None:
+        raise MissingDependencyError(
+            f"the simulator '{package}' is not installed; pip install 'embodied-stack[sim]'"
+        )
+
+
 def find(name: str) -> tuple[Family, str]:
     """Family and task of a name such as "metaworld/assembly"; the nearest match if unknown."""
     family_name, _, task = name.partition("/")
@@ -101,12 +115,14 @@ def task_names() -> list[str]:
 
 
 def make_device(
-    name: str, config: SimConfig, *, row: int = 0, clock: Clock | None = None, host: str = "local"
+    name: str, config: SimConfig, *, row: int = 0, clock: Clock | None = None
 ) -> Device:
     """A simulated robot as a device, not yet open. Virtual time unless another clock is given."""
     family, task = find(name)
-    info = DeviceInfo(id=f"{name}:{row}", kind=name.partition("/")[0], host=host)
-    return Device(family.make_driver(task, config), info=info, clock=clock or VirtualClock())
+    info = DeviceInfo(id=f"{name}:{row}", kind=name.partition("/")[0], host=socket.gethostname())
+    driver = family.make_driver(task, config)
+    capacity = _FRAMES_WITH_PICTURES if config.cameras else _FRAMES
+    return Device(driver, info=info, clock=clock or VirtualClock(), frame_capacity=capacity)
 
 
 def training_seed(root: int, *path: str | int) -> int:

@@ -10,7 +10,7 @@ from embodied.core.frames import Observation
 from embodied.core.specs import ArraySpec, DeviceSpec
 from embodied.core.tasks import Expert
 from sim import rendering
-from sim.family import SimConfig, SimTask
+from sim.family import SimConfig, SimTask, require
 
 _TICK_HZ = 80.0
 _HORIZON = 250
@@ -21,6 +21,7 @@ _VIDEO_CAMERA = "corner2"
 
 def _library() -> tuple[dict[str, Any], dict[str, Any]]:
     rendering.choose_backend()
+    require("metaworld")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS

@@ -10,7 +10,7 @@ from embodied.core.errors import ConfigError, MissingDependencyError
 from embodied.core.frames import Observation
 from embodied.core.specs import ArraySpec, DeviceSpec
 from sim import rendering
-from sim.family import SimConfig, SimTask
+from sim.family import SimConfig, SimTask, require
 
 _TICK_HZ = 10.0
 _HORIZON = 300
@@ -27,6 +27,7 @@ class PushTFamily:
     """The one task "pusht"; people demonstrate it, no script does."""
 
     def names(self) -> tuple[str, ...]:
+        require("gym_pusht")
         return ("pusht",)
 
     def make_task(self, task: str, config: SimConfig) -> SimTask:

@@ -1,8 +1,9 @@
 """The PushT demonstrations by people, published with Diffusion Policy (Chi et al. 2023)."""
 
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from zipfile import BadZipFile
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,6 +14,7 @@ from embodied.core.frames import Observation
 from sim.pusht import block_features
 
 _MAX_STEPS = 1_000_000
+_MAX_VALUES = 20 * _MAX_STEPS
 
 
 class PushTDemonstrations:
@@ -86,9 +88,12 @@ class PushTDemonstrations:
 
     def _read_npz(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, None]:
         try:
+            with zipfile.ZipFile(self._path) as archive:
+                if sum(member.file_size for member in archive.infolist()) > 8 * _MAX_VALUES:
+                    raise ValueError(f"it unpacks to more than {8 * _MAX_VALUES} bytes")
             with np.load(self._path, allow_pickle=False) as data:
                 return data["state"], data["action"], data["episode_ends"], None
-        except (KeyError, ValueError, OSError, BadZipFile, EOFError) as error:
+        except (KeyError, ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
             raise self._damaged(error) from error
 
     def _read_zarr(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
@@ -98,14 +103,20 @@ class PushTDemonstrations:
         try:
             with ZipStore(self._path, mode="r") as store:
                 root = zarr.open_group(store, mode="r")
-                state, action, ends = (
-                    np.asarray(root[key])
-                    for key in ("data/state", "data/action", "meta/episode_ends")
-                )
-                images = np.asarray(root["data/img"], np.uint8) if self._images else None
+                keys = ("data/state", "data/action", "meta/episode_ends")
+                state, action, ends = (self._array(root[key], _MAX_VALUES) for key in keys)
+                image = self._array(root["data/img"], _MAX_VALUES * 200) if self._images else None
+                images = None if image is None else image.astype(np.uint8)
                 return state, action, ends, images
-        except (KeyError, ValueError, OSError, BadZipFile) as error:
+        except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
             raise self._damaged(error) from error
+
+    @staticmethod
+    def _array(stored: Any, most: int) -> np.ndarray:
+        """Read a zarr array, of numbers only and bounded before memory is taken."""
+        if stored.dtype.kind not in "fiu" or stored.size > most:
+            raise ValueError(f"{stored.name} is {stored.dtype} {stored.shape}")
+        return np.asarray(stored)
 
     def _check(self) -> None:
         steps = len(self._state)

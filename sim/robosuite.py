@@ -11,7 +11,7 @@ from embodied.core.frames import Observation
 from embodied.core.specs import ArraySpec, DeviceSpec
 from embodied.core.tasks import Expert
 from sim import rendering
-from sim.family import SimConfig, SimTask
+from sim.family import SimConfig, SimTask, require
 from sim.robosuite_experts import EXPERTS, seed_reset, seeded_numpy
 
 _TICK_HZ = 20.0
@@ -40,6 +40,7 @@ class RobosuiteFamily:
     """Tasks "robosuite/<Name>", with the names that robosuite gives them."""
 
     def names(self) -> tuple[str, ...]:
+        require("robosuite")
         return tuple(sorted(f"robosuite/{name}" for name in _TASKS))
 
     def make_task(self, task: str, config: SimConfig) -> SimTask:

@@ -61,6 +61,9 @@ class Dashboard:
                 f"{rate:.0f} steps/s  {episodes} episodes  weights v{max(versions, default=0)}",
             )
         self._evaluation(roles.get("evaluator", {}), details)
+        faults = {str(values["fault"]) for values in roles.values() if values.get("fault")}
+        if faults:
+            details["trouble"] = (0.0, "; ".join(sorted(faults)))
         self._show(details)
 
     def lockstep(self, role: str, values: dict[str, Any]) -> None:

@@ -45,6 +45,8 @@ def run(options: argparse.Namespace) -> int:
     console = Console(stderr=True, highlight=False)
     evaluator = Evaluator(task, sim, rows=min(config.rows, config.episodes))
     try:
+        if films:
+            evaluator.group.devices[0].render(16, 16)  # says at once if OpenGL is missing
         with Progress(console=console) as progress:
             bar = progress.add_task(task, total=config.episodes)
             results = evaluator.run(

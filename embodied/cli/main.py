@@ -58,12 +58,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EmbodiedError as error:
         console.print(f"embodied {options.command}: {error}", style="bold red", markup=False)
         return 2
+    except ModuleNotFoundError as error:
+        console.print(
+            f"embodied {options.command}: the package '{error.name}' is not installed; "
+            "pip install 'embodied-stack[all]' brings everything",
+            style="bold red",
+            markup=False,
+        )
+        return 2
     except KeyboardInterrupt:
         console.print(f"embodied {options.command}: stopped.", style="bold", markup=False)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        text = f"embodied {options.command}: {error.strerror or error}{where}"
+        console.print(text, style="bold red", markup=False)
+        return 2
 
 
 if __name__ == "__main__":

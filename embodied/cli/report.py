@@ -45,7 +45,7 @@ def write_report(run: RunDir) -> None:
 
 def _contents(run: RunDir) -> dict[str, Any]:
     config = run.read_config()
-    evaluations = run.read("metrics", "evaluation")
+    evaluations = [row for row in run.read("metrics", "evaluation") if row["episodes"]]
     learner = _latest_by_step(run.read("metrics", "learner"))
     actors = {s: run.read("metrics", s) for s in run.streams("metrics") if s.startswith("actor")}
     return {
@@ -74,7 +74,8 @@ def control_figures(run: RunDir) -> list[tuple[str, str]]:
         for row in run.read("timings", stream):
             latencies += row.get("latency_ms", [])
             ages += row.get("weight_age_s", [])
-            rates.setdefault(stream, []).append(row.get("steps_per_s", 0.0))
+            if row.get("steps_per_s"):
+                rates.setdefault(stream, []).append(row["steps_per_s"])
             cpu += [row["cpu_share"]] if "cpu_share" in row else []
     figures: list[tuple[str, str]] = []
     if latencies:
@@ -161,7 +162,7 @@ def _intervention_plot(actors: dict[str, list[dict[str, Any]]]) -> str:
 
 def _films(run: RunDir) -> list[tuple[str, str]]:
     """Newest films as (name, data URL); files too large for a page are left in the folder."""
-    paths = sorted((run.path / "videos").glob("*.mp4"), key=lambda path: path.stat().st_mtime)
+    paths = sorted((run.path / "videos").glob("[!.]*.mp4"), key=lambda path: path.stat().st_mtime)
     small = [path for path in paths if path.stat().st_size <= _MAX_FILM_BYTES]
     chosen = small if len(small) <= _FILMS else [small[0], *small[-(_FILMS - 1) :]]
     return [

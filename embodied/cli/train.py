@@ -71,6 +71,8 @@ def _run(run: RunDir, config: Any, console: Console) -> int:
                 Supervisor(run, config, dashboard.update).run()
         except KeyboardInterrupt:
             interrupted = True
+    if not interrupted:
+        console.print(f"policy: {_short(_export(run))}")
     seconds = time.monotonic() - started_s
     run.event("run interrupted" if interrupted else "run finished", seconds=round(seconds, 1))
     if run.read("metrics", "learner") or run.read("metrics", "evaluation"):
@@ -86,6 +88,17 @@ def _run(run: RunDir, config: Any, console: Console) -> int:
         return 130
     console.print(f"done in {seconds / 60:.1f} min")
     return 0
+
+
+def _export(run: RunDir) -> Path:
+    """Write the last weights as a policy folder, which needs nothing else of the run."""
+    from embodied.weights.store import WeightStore
+    from policies.checkpoint import policy_from_state, save_policy
+
+    store = WeightStore(run.weights)
+    arrays, manifest = store.load(store.latest_version() or 0)
+    save_policy(run.path / "policy", policy_from_state(manifest.config, arrays))
+    return run.path / "policy"
 
 
 def _directory(config: Any) -> Path:

@@ -57,7 +57,7 @@ def compose(primary: str, overrides: Sequence[str]) -> dict[str, Any]:
         try:
             config = hydra_compose(primary, list(overrides))
             composed = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise _readable(primary, overrides, error) from error
     assert isinstance(composed, dict)
     return typing.cast("dict[str, Any]", composed)
@@ -82,7 +82,8 @@ def _readable(primary: str, overrides: Sequence[str], error: Exception) -> Confi
         depth = name.count(".")
         near = [path for path in known if path.count(".") == depth] or known
         return registry.unknown("key", name.lstrip("+~"), near)
-    return ConfigError(f"configuration: {text.splitlines()[0]}")
+    given = f" (overrides: {' '.join(overrides)})" if overrides else ""
+    return ConfigError(f"configuration: {text.splitlines()[0]}{given}")
 
 
 def _paths(node: Any, prefix: str = "") -> Iterator[str]:

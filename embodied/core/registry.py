@@ -34,6 +34,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "datasets": {
         "pusht_human": "sim.pusht_demos:PushTDemonstrations",
+        "recorded": "embodied.buffer.recorded:RecordedEpisodes",
     },
 }
 """Kind → name → 'module:Class'. Third parties add rows by entry points in `embodied.<kind>`."""

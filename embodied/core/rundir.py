@@ -16,6 +16,7 @@ from embodied.core.errors import ConfigError, RunInUseError
 from embodied.core.files import full_disk_named, write_atomic
 
 _PACKAGES = ("embodied-stack", "numpy", "torch", "diffusers", "mujoco", "metaworld", "robosuite")
+_ROLES_END_S = 60.0
 _FOLDERS = ("metrics", "timings", "checkpoints", "videos", "logs", "devices")
 
 
@@ -67,9 +68,16 @@ class RunDir:
                 f"{self.path} is in use by process {holder or 'unknown'}. "
                 "Wait for it, or choose another directory with run.dir=..."
             ) from None
+        self._await_roles(handle)
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         self._lock = handle
+
+    def attach(self) -> None:
+        """Say that a process of the run lives: `acquire` waits for all of them to end."""
+        handle = os.open(self.path / "roles.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        self._files[self.path / "roles.lock"] = handle
 
     def release(self) -> None:
         """Give the run back and close its files."""
@@ -80,6 +88,31 @@ class RunDir:
             os.close(self._lock)
             self._lock = None
 
+    def _await_roles(self, lock: int) -> None:
+        """After a killed supervisor its roles end by themselves; wait for the last one."""
+        roles = os.open(self.path / "roles.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            deadline_s = time.monotonic() + _ROLES_END_S
+            while True:
+                try:
+                    fcntl.flock(roles, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                except BlockingIOError:
+                    if time.monotonic() > deadline_s:
+                        os.close(lock)
+                        raise RunInUseError(
+                            f"{self.path}: processes of an earlier sitting are still running; "
+                            "wait for them, or end them (their ids are in events.jsonl)"
+                        ) from None
+                    time.sleep(0.1)
+        finally:
+            os.close(roles)
+
+    def sitting(self) -> int:
+        """How often the run has been started or resumed."""
+        begun = ("run started", "run resumed")
+        return sum(event["event"] in begun for event in self.events())
+
     def in_use(self) -> bool:
         """Whether a process holds the run now."""
         try:
@@ -87,7 +120,7 @@ class RunDir:
         except FileNotFoundError:
             return False
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         finally:

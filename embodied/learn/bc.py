@@ -22,6 +22,9 @@ class EpisodePlan:
 class BC:
     """Behaviour cloning (Pomerleau 1989): nothing is collected after the demonstrations."""
 
+    collects = False
+    """Whether actors go on after the demonstrations."""
+
     class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """only_successful: learn from successful episodes alone."""
 

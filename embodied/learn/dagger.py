@@ -15,6 +15,8 @@ class DAgger(BC):
     from states that the policy visits, is added to the labels.
     """
 
+    collects = True
+
     class Config(BC.Config, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """roll_in: greatest takeover tick as a multiple of the longest demonstration."""
 

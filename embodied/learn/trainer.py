@@ -47,6 +47,7 @@ class Trainer:
         algorithm: BC,
         config: LearnerConfig,
         seed: int,
+        sitting: int,
         on_metrics: Callable[[dict[str, Any]], None],
     ) -> None:
         self._reader = ReplayReader(buffer, ram_bytes=ram_bytes)
@@ -57,6 +58,7 @@ class Trainer:
         self._algorithm = algorithm
         self._config = config
         self._seed = seed
+        self._sitting = sitting
         self._on_metrics = on_metrics
         self._rng = make_rng(seed, "batches")
         slack = config.batch_size + (config.samples_per_insert or 0.0)
@@ -67,7 +69,6 @@ class Trainer:
         self._published_step = -1
         self._saved_step = -1
         self.learner: Learner | None = None
-        self.waiting_s = 0.0
 
     @property
     def step(self) -> int:
@@ -134,6 +135,7 @@ class Trainer:
             "step": self.learner.step,
             "seconds": round(self.learner.seconds, 3),
             "final": final,
+            "sitting": self._sitting,
             "published_ns": time.monotonic_ns(),
         }
         manifest = self._weights.publish(arrays, config, metadata)

@@ -43,6 +43,9 @@ class Actor:
         sink: StepSink,
         weights: WeightStore,
         on_result: Callable[[Result], None],
+        *,
+        sitting: int,
+        speed: float,
     ) -> None:
         found, task = family.find(config.task)
         rows = config.actors.rows
@@ -50,12 +53,13 @@ class Actor:
         self._streams = streams_of(config, index)
         self._algorithm = make_algorithm(config)
         self._on_result = on_result
+        self._sitting = sitting
         self.group = make_group(
             lambda row: family.make_device(
                 config.task,
                 config.sim,
                 row=index * rows + row,
-                clock=VirtualClock(config.actors.speed),
+                clock=VirtualClock(speed),
             ),
             rows,
         )
@@ -103,13 +107,14 @@ class Actor:
             self._policy = policy_from_state(manifest.config, arrays)
         else:
             load_arrays(self._policy, arrays)
-        self._published_ns = int(manifest.metadata["published_ns"])
+        if manifest.metadata["sitting"] == self._sitting:
+            self._published_ns = int(manifest.metadata["published_ns"])
         self.rollout.set_policy(self._policy, manifest.version)
         return True
 
     @property
     def published_ns(self) -> int:
-        """When the acting weights were published, on the host's monotonic clock; 0 before any."""
+        """When the acting weights were published (monotonic); 0 before any of this sitting."""
         return self._published_ns
 
     def tick(self) -> list[Result]:

@@ -17,6 +17,7 @@ from embodied.learn.learner import PolicyFormat
 from embodied.learn.trainer import Trainer
 from embodied.run.actor import make_algorithm
 from embodied.run.config import DemonstrationsConfig, TrainConfig
+from embodied.run.evaluate import summarise
 from embodied.run.record import import_dataset
 from embodied.weights.store import WeightStore
 from sim import family
@@ -70,6 +71,7 @@ def make_trainer(
         algorithm=make_algorithm(config),
         config=config.learner,
         seed=config.seed,
+        sitting=run.sitting(),
         on_metrics=on_metrics,
     )
 
@@ -102,15 +104,16 @@ def demonstrations_wanted(config: TrainConfig) -> int:
 
 
 def evaluation_row(
-    version: int, step: int, seconds: float, final: bool, results: list[Any]
+    version: int, metadata: Mapping[str, Any], final: bool, results: list[Any]
 ) -> dict[str, Any]:
-    """One row of metrics/evaluation.jsonl: summary and each episode."""
-    from embodied.run.evaluate import summarise
+    """One row of metrics/evaluation.jsonl: summary and each episode.
 
+    metadata: of the weights. Training time is left out where it must not matter (lockstep).
+    """
     return {
         "version": version,
-        "step": step,
-        "train_seconds": seconds,
+        "step": metadata["step"],
+        "train_seconds": metadata.get("seconds"),
         "final": final,
         **summarise(results),
         "seeds": [r.seed for r in results],

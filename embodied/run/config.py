@@ -7,6 +7,7 @@ import msgspec
 from embodied.core import config as core_config
 from embodied.core.errors import ConfigError
 from embodied.learn.config import LearnerConfig
+from sim import family
 from sim.family import SimConfig
 
 
@@ -129,21 +130,40 @@ def load_train(overrides: list[str]) -> TrainConfig:
 
 def check(config: TrainConfig) -> TrainConfig:
     """Raise ConfigError for values that contradict each other; return the same configuration."""
-    from sim import family
-
     core_config.component("policies", config.policy, "policy")
-    core_config.component("networks", config.policy["network"], "policy.network")
-    core_config.component("algorithms", config.algorithm, "algorithm")
+    core_config.component("networks", config.policy.get("network"), "policy.network")
+    algorithm, _ = core_config.component("algorithms", config.algorithm, "algorithm")
+    _check_data(config, collects=algorithm.collects)
+    learner = config.learner
+    if config.run.mode == "lockstep" and learner.minutes is not None:
+        raise ConfigError(
+            "learner.minutes depends on the machine's speed and run.mode=lockstep does not: "
+            "set learner.minutes=null and learner.steps"
+        )
+    if learner.minutes is not None and not learner.minutes > 0:
+        raise ConfigError(f"learner.minutes is {learner.minutes}; it must be positive, or null")
+    if learner.samples_per_insert is not None and not algorithm.collects:
+        raise ConfigError(
+            f"learner.samples_per_insert waits for new data, and {config.algorithm['name']} "
+            "collects none: set it to null"
+        )
+    if config.run.resume and config.run.dir is None:
+        raise ConfigError("run.resume=true needs run.dir: the directory of the run to continue")
+    _check_numbers(config)
+    return config
+
+
+def _check_data(config: TrainConfig, *, collects: bool) -> None:
     found, task = family.find(config.task)
     demonstrations = config.demonstrations
     if demonstrations.source == "dataset":
-        if demonstrations.dataset is None:
-            raise ConfigError(
-                "demonstrations.source is 'dataset', but demonstrations.dataset is null"
-            )
         core_config.component("datasets", demonstrations.dataset, "demonstrations.dataset")
+    elif demonstrations.source == "none" and not config.run.resume:
+        raise ConfigError(
+            "demonstrations.source=none: nothing would ever be learned; use expert or dataset"
+        )
     driver = found.make_driver(task, config.sim)
-    needs_expert = demonstrations.source == "expert" or config.algorithm["name"] == "dagger"
+    needs_expert = demonstrations.source == "expert" or collects
     if needs_expert and found.make_expert(task, driver.spec) is None:
         raise ConfigError(
             f"task '{config.task}' has no scripted expert; use demonstrations.source=dataset and "
@@ -151,13 +171,9 @@ def check(config: TrainConfig) -> TrainConfig:
         )
     if demonstrations.source == "expert" and not demonstrations.episodes:
         raise ConfigError("demonstrations.episodes must be at least 1 with source=expert")
-    if config.run.mode == "lockstep" and config.learner.minutes is not None:
-        raise ConfigError(
-            "learner.minutes depends on the machine's speed and run.mode=lockstep does not: "
-            "set learner.minutes=null and learner.steps"
-        )
-    if config.run.resume and config.run.dir is None:
-        raise ConfigError("run.resume=true needs run.dir: the directory of the run to continue")
+
+
+def _check_numbers(config: TrainConfig) -> None:
     positive = {
         "actors.count": config.actors.count,
         "actors.rows": config.actors.rows,
@@ -176,9 +192,19 @@ def check(config: TrainConfig) -> TrainConfig:
     for key, value in positive.items():
         if value < 1:
             raise ConfigError(f"{key} is {value}; it must be at least 1")
-    if config.actors.speed < 0:
-        raise ConfigError(f"actors.speed is {config.actors.speed}; use 0 (no limit) or more")
-    return config
+    not_negative = {
+        "actors.speed": config.actors.speed,
+        "demonstrations.noise": config.demonstrations.noise,
+        "evaluation.episodes": config.evaluation.episodes,
+        "evaluation.final_episodes": config.evaluation.final_episodes,
+        "evaluation.videos": config.evaluation.videos,
+    }
+    for key, value in not_negative.items():
+        if value < 0:
+            raise ConfigError(f"{key} is {value}; it must be 0 or more")
+    most = max(config.evaluation.episodes, config.evaluation.final_episodes)
+    if most > family.EVALUATION_SEEDS:
+        raise ConfigError(f"there are {family.EVALUATION_SEEDS} evaluation seeds, not {most}")
 
 
 def same_experiment(new: TrainConfig, stored: TrainConfig) -> None:
@@ -190,3 +216,11 @@ def same_experiment(new: TrainConfig, stored: TrainConfig) -> None:
                 f"({getattr(new, field)} here, {getattr(stored, field)} there). "
                 "Only learner, actors and evaluation settings may change."
             )
+    if new.demonstrations.source == "expert" and (new.actors.count, new.actors.rows) != (
+        stored.actors.count,
+        stored.actors.rows,
+    ):
+        raise ConfigError(
+            "run.resume=true: actors.count and actors.rows must stay, each owes its own share of "
+            f"the demonstrations ({stored.actors.count} and {stored.actors.rows} so far)"
+        )

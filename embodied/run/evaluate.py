@@ -14,11 +14,15 @@ from sim.family import EVALUATION_SEEDS, SimConfig
 
 
 class Evaluator:
-    """A task on its own simulated robots, in virtual time without a speed limit."""
+    """A task on its own simulated robots, in virtual time without a speed limit.
+
+    film_fault: why the last film could not be made, if so.
+    """
 
     def __init__(self, task: str, sim: SimConfig, *, rows: int, with_expert: bool = False) -> None:
         found, name = family.find(task)
         self.task = found.make_task(name, sim)
+        self.film_fault: str | None = None
         self._group = make_group(lambda row: family.make_device(task, sim, row=row), rows)
         self._experts = (
             [found.make_expert(name, self._group.spec) for _ in range(rows)]
@@ -76,6 +80,7 @@ class Evaluator:
                 if result.row in filming:
                     film, path = filming.pop(result.row)
                     film.save(path)
+                    self.film_fault = film.fault
                 if on_result is not None:
                     on_result(result)
             if rollout.idle and not waiting:

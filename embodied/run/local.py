@@ -1,5 +1,6 @@
 """The asynchronous engine on one machine: role processes under a supervisor."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -15,7 +16,8 @@ from typing import Any
 
 from embodied.buffer.sink import LocalBuffer
 from embodied.comms.channels import PullChannel
-from embodied.core.errors import EmbodiedError
+from embodied.core.errors import EmbodiedError, StorageFullError
+from embodied.core.files import full_disk_named
 from embodied.core.rundir import RunDir
 from embodied.run import build
 from embodied.run.config import TrainConfig
@@ -81,8 +83,8 @@ class Supervisor:
 
     def _actors(self) -> int:
         """No actors for a run that neither demonstrates nor collects."""
-        collects = self._config.algorithm["name"] != "bc"
-        return self._config.actors.count if collects or self._wants_expert() else 0
+        needed = build.make_algorithm(self._config).collects or self._wants_expert()
+        return self._config.actors.count if needed else 0
 
     def _wants_expert(self) -> bool:
         return self._config.demonstrations.source == "expert"
@@ -92,7 +94,8 @@ class Supervisor:
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         command = [sys.executable, "-m", "embodied.run.roles", name]
         command += [str(self._run.path), self._sockets, str(os.getpid())]
-        with open(self._run.path / "logs" / f"{name}.log", "ab") as log:
+        path = self._run.path / "logs" / f"{name}.log"
+        with full_disk_named(path), open(path, "ab") as log:
             process = subprocess.Popen(
                 command,
                 env=environment,
@@ -160,9 +163,10 @@ class Supervisor:
                 try:
                     role.process.wait(max(0.1, deadline_s - time.monotonic()))
                 except subprocess.TimeoutExpired:
-                    self._run.event("role killed", role=role.name)
                     role.process.kill()
                     role.process.wait()
+                    with contextlib.suppress(StorageFullError):
+                        self._run.event("role killed", role=role.name)
         if self._telemetry is not None:
             self._telemetry.close()
         shutil.rmtree(Path(self._sockets), ignore_errors=True)

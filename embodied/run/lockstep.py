@@ -1,6 +1,9 @@
 """The deterministic engine: every role takes its turn in one process."""
 
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 
 from embodied.buffer.sink import LocalBuffer
@@ -29,20 +32,41 @@ def run_lockstep(
 
     torch.set_num_threads(config.learner.threads)
     torch.use_deterministic_algorithms(True)
-    Lockstep(run, config, notify).run()
+    with _interrupts_held() as interrupted:
+        Lockstep(run, config, notify, interrupted).run()
+
+
+@contextmanager
+def _interrupts_held() -> Generator[Callable[[], bool]]:
+    """Hold Ctrl-C back until the engine asks for it, so that no update is torn."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    previous = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 class Lockstep:
     """One run's actors, buffer, trainer and evaluator, in turns."""
 
     def __init__(
-        self, run: RunDir, config: TrainConfig, notify: Callable[[str, dict[str, Any]], None]
+        self,
+        run: RunDir,
+        config: TrainConfig,
+        notify: Callable[[str, dict[str, Any]], None],
+        interrupted: Callable[[], bool],
     ) -> None:
+        self._interrupted = interrupted
         self._run = run
         self._config = config
         self._notify = notify
         self._weights = WeightStore(run.weights)
-        self._evaluated_step = 0
+        rows = run.read("metrics", "evaluation")
+        self._evaluated_step = max((row["step"] for row in rows), default=0)
 
     def run(self) -> None:
         """All rounds, then the last evaluation; everything is closed at the end."""
@@ -53,7 +77,15 @@ class Lockstep:
         try:
             build.import_demonstrations(sink, config.demonstrations, config.task)
             for index in range(config.actors.count):
-                actor = Actor(config, index, sink, self._weights, self._recorder(index))
+                actor = Actor(
+                    config,
+                    index,
+                    sink,
+                    self._weights,
+                    self._recorder(index),
+                    sitting=run.sitting(),
+                    speed=0.0,
+                )
                 actor.recall(build.make_reader(run, config))
                 actors.append(actor)
             self._demonstrate(actors)
@@ -70,6 +102,7 @@ class Lockstep:
             for _ in range(_DEMONSTRATION_TICKS):
                 if not actor.demonstrating:
                     break
+                self._check()
                 actor.tick()
 
     def _learn(self, actors: list[Actor], sink: LocalBuffer, evaluator: Evaluator) -> None:
@@ -87,9 +120,11 @@ class Lockstep:
                 for actor in actors:
                     actor.poll_weights()
                     for _ in range(config.actors.ticks_per_round):
+                        self._check()
                         actor.tick()
                 sink.flush()
                 for _ in range(config.learner.steps_per_round):
+                    self._check()
                     if trainer.done or not trainer.update():
                         break
                 if trainer.publish_due() or trainer.done:
@@ -116,11 +151,22 @@ class Lockstep:
         arrays, manifest = self._weights.load(version)
         policy = policy_from_state(manifest.config, arrays)
         films = build.film_paths(self._run, range(evaluation.videos), f"step{step:07d}")
-        results = evaluator.run(policy, version, range(episodes), films=films)
-        row = build.evaluation_row(version, step, 0.0, final, results)
+        results = evaluator.run(
+            policy, version, range(episodes), films=films, keep_going=self._go_on
+        )
+        known = {"step": manifest.metadata["step"]}
+        row = build.evaluation_row(version, known, final, results)
         self._run.metrics("evaluation", row)
         self._evaluated_step = step
         self._notify("evaluation", row)
+
+    def _check(self) -> None:
+        if self._interrupted():
+            raise KeyboardInterrupt
+
+    def _go_on(self) -> bool:
+        self._check()
+        return True
 
     def _recorder(self, index: int) -> Callable[[Result], None]:
         def record(result: Result) -> None:

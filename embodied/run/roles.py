@@ -1,5 +1,6 @@
 """The processes of a run on one machine: buffer, actors, learner, evaluator."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -10,24 +11,36 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from embodied.buffer.client import BufferClient
 from embodied.buffer.service import BufferService
 from embodied.core.config import convert
-from embodied.core.errors import EmbodiedError, LinkError
+from embodied.core.errors import (
+    CorruptDataError,
+    DeviceLostError,
+    EmbodiedError,
+    LinkError,
+    StorageFullError,
+)
 from embodied.core.files import write_atomic
 from embodied.core.rundir import RunDir
+from embodied.run import build
 from embodied.run.config import TrainConfig
+from embodied.run.evaluate import Evaluator
 from embodied.run.telemetry import Pulse, address
-from embodied.weights.store import WeightStore
+from embodied.weights.store import VersionGoneError, WeightManifest, WeightStore
 
 FAILED = 3
 """Exit status of a role that met an error a restart cannot mend."""
 
+STOPPED = 4
+"""Exit status of a role that was asked to end; one that was not asked by us is restarted."""
+
 _PR_SET_PDEATHSIG = 1
 _REPORT_S = 2.0
 _IDLE_S = 0.05
+_POLL_S = 0.2
+_EVALUATOR_NICENESS = 5
 
 
 class Stop(Exception):
@@ -40,6 +53,7 @@ class Context:
     def __init__(self, role: str, run: RunDir, socket_dir: str, supervisor_pid: int) -> None:
         self.role = role
         self.run = run
+        run.attach()
         self.socket_dir = socket_dir
         self.config = convert(run.read_config(), TrainConfig)
         self.pulse = Pulse(socket_dir, role, os.getpid())
@@ -82,7 +96,6 @@ def buffer_role(context: Context) -> None:
 def actor_role(context: Context) -> None:
     """Robots that act; their steps go to the buffer, weights come between chunks."""
     from embodied.run.actor import Actor
-    from embodied.run.build import make_reader
     from embodied.run.lockstep import result_row
 
     run, config = context.run, context.config
@@ -93,9 +106,17 @@ def actor_role(context: Context) -> None:
         run.metrics(context.role, result_row(result))
 
     with BufferClient(address(context.socket_dir, "buffer"), context.role) as sink:
-        actor = Actor(config, context.index, sink, WeightStore(run.weights), on_result)
+        actor = Actor(
+            config,
+            context.index,
+            sink,
+            WeightStore(run.weights),
+            on_result,
+            sitting=run.sitting(),
+            speed=config.actors.speed,
+        )
         try:
-            actor.recall(make_reader(run, config))
+            actor.recall(build.make_reader(run, config))
             _act(context, actor, sink, results)
         finally:
             try:
@@ -116,10 +137,11 @@ def _act(context: Context, actor: Any, sink: BufferClient, results: list[Any]) -
                 episodes=len(results),
                 demonstrating=actor.demonstrating,
                 version=rollout.version,
+                fault=str(sink.last_error) if sink.last_error and sink.unacknowledged else None,
             )
         decisions = len(rollout.latencies_s)
         actor.tick()
-        if len(rollout.latencies_s) > decisions:
+        if len(rollout.latencies_s) > decisions and actor.published_ns:
             ages_s.append((time.monotonic_ns() - actor.published_ns) / 1e9)
         if rollout.idle:
             sink.flush(timeout_s=10.0)
@@ -145,8 +167,6 @@ def learner_role(context: Context) -> None:
     """Gradient steps until the budget is used up; publishes weights and checkpoints."""
     import torch
 
-    from embodied.run.build import demonstrations_wanted, make_trainer
-
     run, config = context.run, context.config
     torch.set_num_threads(config.learner.threads)
     rows: list[dict[str, Any]] = []
@@ -155,8 +175,8 @@ def learner_role(context: Context) -> None:
         rows.append(row)
         run.metrics("learner", row)
 
-    trainer = make_trainer(run, config, on_metrics)
-    wanted = demonstrations_wanted(config)
+    trainer = build.make_trainer(run, config, on_metrics)
+    wanted = build.demonstrations_wanted(config)
     while (found := trainer.demonstrations()) < wanted:
         context.check(state="waiting", demonstrations=found)
         time.sleep(_IDLE_S)
@@ -166,8 +186,8 @@ def learner_role(context: Context) -> None:
     except Stop:
         trainer.save()
         raise
-    trainer.publish(final=True)
     trainer.save()
+    trainer.publish(final=True)
 
 
 def _learn(context: Context, trainer: Any, rows: list[dict[str, Any]]) -> None:
@@ -209,58 +229,84 @@ def evaluator_role(context: Context) -> None:
     """Evaluates the newest weights on robots of its own, the last ones at full length."""
     import torch
 
-    from embodied.run import build
-    from embodied.run.evaluate import Evaluator
-    from policies.checkpoint import policy_from_state
-
-    os.nice(5)
+    os.nice(_EVALUATOR_NICENESS)
     torch.set_num_threads(1)
     run, evaluation = context.run, context.config.evaluation
-    store = WeightStore(run.weights)
+    store, sitting = WeightStore(run.weights), run.sitting()
     evaluator = Evaluator(context.config.task, context.config.sim, rows=evaluation.rows)
     done_step = max((row["step"] for row in run.read("metrics", "evaluation")), default=0)
+    damaged: set[int] = set()
     try:
         while True:
             context.check(state="waiting")
             version = store.latest_version()
-            if version is None:
-                time.sleep(_IDLE_S * 4)
+            if version is None or version in damaged:
+                time.sleep(_POLL_S)
                 continue
-            metadata = store.manifest(version).metadata
-            final, step = bool(metadata["final"]), int(metadata["step"])
-            if not final and step - done_step < evaluation.every_steps:
-                time.sleep(_IDLE_S * 4)
+            final = False
+            try:
+                manifest = store.manifest(version)
+                final, step = _ends(manifest, sitting), int(manifest.metadata["step"])
+                episodes = evaluation.final_episodes if final else evaluation.episodes
+                due = final or step - done_step >= evaluation.every_steps
+                if due and episodes:
+                    due = _evaluate(context, evaluator, store, version, episodes, final)
+            except VersionGoneError:
                 continue
-            arrays, manifest = store.load(version)
-            episodes = evaluation.final_episodes if final else evaluation.episodes
-            films = build.film_paths(run, range(evaluation.videos), f"step{step:07d}")
-            results = evaluator.run(
-                policy_from_state(manifest.config, arrays),
-                version,
-                range(episodes),
-                films=films,
-                keep_going=_unless_final(context, store, version, final),
-            )
-            if len(results) == episodes:
-                seconds = float(metadata["seconds"])
-                row = build.evaluation_row(version, step, seconds, final, results)
-                run.metrics("evaluation", row)
-                context.pulse.note(
-                    success=row["success_rate"],
-                    reward=row["max_reward"],
-                    evaluated_step=step,
-                )
+            except CorruptDataError as error:
+                if final:
+                    raise
+                damaged.add(version)
+                run.event("weights damaged", version=version, error=str(error))
+                continue
+            if due:
                 done_step = step
-            if final:
+            elif not final:
+                time.sleep(_POLL_S)
+            if final and (due or not episodes):
                 return
     finally:
         evaluator.close()
 
 
-def _unless_final(
-    context: Context, store: WeightStore, version: int, final: bool
-) -> Callable[[], bool]:
-    ticks = 0
+def _evaluate(
+    context: Context,
+    evaluator: Evaluator,
+    store: WeightStore,
+    version: int,
+    episodes: int,
+    final: bool,
+) -> bool:
+    """Evaluate one version; False if the last weights came meanwhile and it was given up."""
+    from policies.checkpoint import policy_from_state
+
+    run = context.run
+    arrays, manifest = store.load(version)
+    step = int(manifest.metadata["step"])
+    results = evaluator.run(
+        policy_from_state(manifest.config, arrays),
+        version,
+        range(episodes),
+        films=build.film_paths(run, range(context.config.evaluation.videos), f"step{step:07d}"),
+        keep_going=_unless_final(context, store, version),
+    )
+    if len(results) < episodes:
+        return False
+    if evaluator.film_fault is not None:
+        run.event("no films", error=evaluator.film_fault)
+    row = build.evaluation_row(version, manifest.metadata, final, results)
+    run.metrics("evaluation", row)
+    context.pulse.note(success=row["success_rate"], reward=row["max_reward"], evaluated_step=step)
+    return True
+
+
+def _ends(manifest: WeightManifest, sitting: int) -> bool:
+    """Whether these are the last weights of this sitting; an earlier one's do not end a run."""
+    return bool(manifest.metadata["final"]) and manifest.metadata.get("sitting") == sitting
+
+
+def _unless_final(context: Context, store: WeightStore, version: int) -> Callable[[], bool]:
+    ticks, sitting = 0, context.run.sitting()
 
     def keep_going() -> bool:
         nonlocal ticks
@@ -269,8 +315,12 @@ def _unless_final(
             return True
         context.check(state="evaluating")
         newest = store.latest_version()
-        superseded = newest is not None and newest > version
-        return final or not (superseded and bool(store.manifest(newest or 0).metadata["final"]))
+        if newest is None or newest == version:
+            return True
+        try:
+            return not _ends(store.manifest(newest), sitting)
+        except (VersionGoneError, CorruptDataError):
+            return True
 
     return keep_going
 
@@ -293,18 +343,18 @@ def main() -> int:
     """Entry of a role process: role name, run directory, socket directory, supervisor's pid."""
     role, path, socket_dir, supervisor_pid = sys.argv[1:5]
     die_with_parent()
-    np.seterr(all="ignore")
     context = Context(role, RunDir(Path(path)), socket_dir, int(supervisor_pid))
     try:
         ROLES[role.rstrip("0123456789")](context)
     except Stop:
-        return 0
-    except LinkError as error:
+        return STOPPED
+    except (LinkError, DeviceLostError) as error:
         sys.stderr.write(f"{role}: {error}\n")
         return 1
     except EmbodiedError as error:
-        context.run.event("role failed", role=role, error=str(error))
         sys.stderr.write(f"{role}: {type(error).__name__}: {error}\n")
+        with contextlib.suppress(StorageFullError):
+            context.run.event("role failed", role=role, error=str(error))
         return FAILED
     finally:
         context.pulse.close()

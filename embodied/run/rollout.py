@@ -52,7 +52,7 @@ class _Row:
     interventions: int = 0
     decisions: int = 0
     peaks: dict[str, float] = field(default_factory=dict)
-    action: np.ndarray | None = None
+    version: int = -1
 
 
 class Rollout:
@@ -91,6 +91,10 @@ class Rollout:
 
     def set_policy(self, policy: Policy, version: int) -> None:
         """Use this policy from the next decision on."""
+        if policy.init(1) is not None:
+            raise EmbodiedError(
+                f"{type(policy).__name__} carries state between decisions; rollouts do not keep it"
+            )
         self._policy = policy
         self.version = version
 
@@ -184,12 +188,11 @@ class Rollout:
             obs[key] = np.stack([self._history(row, key, spec.n_obs_steps) for row in rows])
         seeds = [derive_seed(row.start.seed, "decision", row.decisions) for row in rows]
         started_s = time.perf_counter()
-        _, actions_BHD = self._policy.act(
-            self._policy.init(len(rows)), obs, seed=np.array(seeds, np.int64)
-        )
+        _, actions_BHD = self._policy.act(None, obs, seed=np.array(seeds, np.int64))
         self.latencies_s.append(time.perf_counter() - started_s)
         for index, row, actions_HD in zip(due, rows, actions_BHD, strict=True):
             row.decisions += 1
+            row.version = self.version
             row.next_decision = row.frames[-1].tick + spec.n_action_steps
             self._submit(index, row.frames[-1], actions_HD)
 
@@ -243,7 +246,7 @@ class Rollout:
                     success=outcome.success,
                     intervention=supervised,
                     held=closed.held,
-                    policy_version=self.version,
+                    policy_version=-1 if supervised else row.version,
                     task=self._task.name,
                     seed=row.start.seed,
                 ),
@@ -251,8 +254,9 @@ class Rollout:
         if self._on_frame:
             self._on_frame(index, following)
         row.frames.append(following)
-        if len(row.frames) > 64:
-            del row.frames[:32]
+        kept = max(32, self._policy.spec.n_obs_steps if self._policy else 1)
+        if len(row.frames) > 2 * kept:
+            del row.frames[:-kept]
         return outcome
 
     def _finish(self, index: int, row: _Row, outcome: Outcome) -> Result:
@@ -280,6 +284,6 @@ class Rollout:
             total_reward=row.total_reward,
             peaks=row.peaks,
             interventions=row.interventions,
-            policy_version=self.version,
+            policy_version=row.version,
             demonstration=row.interventions == ticks,
         )

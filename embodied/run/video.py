@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from embodied.core.errors import MissingDependencyError
 from hal.device import Device
 
 _FPS = 20
@@ -10,7 +11,10 @@ _SIDE = 224
 
 
 class Film:
-    """Films one device's episodes as mp4, at 20 pictures per second of the device's time."""
+    """Films one device's episodes as mp4, at 20 pictures per second of the device's time.
+
+    fault: why there are no pictures, where OpenGL is missing; the episode goes on without.
+    """
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -18,11 +22,16 @@ class Film:
         self._fps = device.spec.tick_hz / self._every
         self._pictures: list[Any] = []
         self._count = 0
+        self.fault: str | None = None
 
     def picture(self) -> None:
         """Take a picture, if one is due at this tick."""
-        if self._count % self._every == 0:
-            picture = self._device.render(_SIDE, _SIDE)
+        if self.fault is None and self._count % self._every == 0:
+            try:
+                picture = self._device.render(_SIDE, _SIDE)
+            except MissingDependencyError as error:
+                self.fault = str(error)
+                return
             if picture is not None:
                 self._pictures.append(picture)
         self._count += 1

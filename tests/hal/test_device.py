@@ -2,6 +2,7 @@ import itertools
 import time
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -124,16 +125,31 @@ def test_what_is_driven_is_always_within_the_bounds(values):
 
 
 def test_max_step_limits_the_change_between_ticks(point_driver):
-    point_driver.spec = type(point_driver.spec)(
-        **{
-            **{f: getattr(point_driver.spec, f) for f in point_driver.spec.__struct_fields__},
-            "max_step": (0.1, 0.2),
-        }
-    )
+    point_driver.spec = msgspec.structs.replace(POINT_SPEC, max_step=(0.1, 0.2))
     with Device(point_driver, info=INFO) as device:
         device.submit(chunk(0, [[0, 0], [1, 1], [1, 1]], seq=1))
         device.advance(3)
     np.testing.assert_allclose(point_driver.driven, [[0, 0], [0.1, 0.2], [0.2, 0.4]], atol=1e-6)
+
+
+def test_a_tick_without_command_does_not_open_the_step_limit(point_driver):
+    spec = msgspec.structs.replace(POINT_SPEC, max_step=(0.1, 0.1))
+    point_driver.spec = spec
+    with Device(point_driver, info=INFO) as device:
+        device.submit(chunk(0, [[-1, -1]], seq=1))
+        device.advance(2)
+        device.submit(chunk(2, [[1, 1]], seq=2))
+        device.advance(3)
+    np.testing.assert_allclose(point_driver.driven, [[-1, -1], [-0.9, -0.9]], atol=1e-6)
+
+
+def test_a_driver_that_opens_wrongly_is_closed_again(point_driver):
+    point_driver.sense = lambda: {"observation.state": np.zeros(3, np.float32)}
+    closed = []
+    point_driver.close = lambda: closed.append(1)
+    with pytest.raises(SpecError, match="keys"):
+        Device(point_driver, info=INFO).open()
+    assert closed
 
 
 def test_a_fenced_lease_holder_is_refused(device):
@@ -221,11 +237,6 @@ def test_a_group_advances_only_the_rows_of_the_mask(point_driver):
 
 
 def test_a_group_needs_equal_specs(point_driver):
-    other = type(POINT_SPEC)(
-        **{
-            **{f: getattr(POINT_SPEC, f) for f in POINT_SPEC.__struct_fields__},
-            "tick_hz": 50.0,
-        }
-    )
+    other = msgspec.structs.replace(POINT_SPEC, tick_hz=50.0)
     with pytest.raises(SpecError, match="different specs"):
         DeviceGroup([Device(PointDriver(), info=INFO), Device(PointDriver(other), info=INFO)])

@@ -43,6 +43,11 @@ def test_every_experiment_composes(experiment, tmp_path):
         ("run.mode=lockstp", "run.mode"),
         ("run.resume=true", "run.dir"),
         ("task=pusht", "scripted expert"),
+        ("demonstrations.source=none", "nothing would ever be learned"),
+        ("learner.minutes=0", "positive"),
+        ("evaluation.episodes=-1", "0 or more"),
+        ("policy=null", "policy"),
+        ("~policy.network", "policy.network"),
     ],
 )
 def test_wrong_input_names_the_key_and_what_would_be_right(override, said):
@@ -55,6 +60,11 @@ def test_wrong_input_names_the_key_and_what_would_be_right(override, said):
 def test_lockstep_refuses_a_budget_in_minutes():
     with pytest.raises(ConfigError, match=r"learner\.minutes"):
         load_train(["run.mode=lockstep", "learner.minutes=1"])
+
+
+def test_waiting_for_data_that_nobody_collects_is_refused():
+    with pytest.raises(ConfigError, match="bc collects none"):
+        load_train(["algorithm=bc", "learner.samples_per_insert=1.0"])
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():

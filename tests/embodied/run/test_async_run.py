@@ -162,6 +162,43 @@ def test_interrupting_keeps_everything_and_resuming_goes_on(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_role_that_is_asked_to_end_from_outside_is_restarted_too(tmp_path):
+    run = RunDir(tmp_path / "run")
+    process = start(run.path, "learner.steps=3000", "evaluation.every_steps=100000")
+
+    def learning():
+        rows = run.read("metrics", "learner")
+        return rows and rows[-1]["step"] >= 300
+
+    wait_for(learning)
+    os.kill(role_pids(run)["learner"], signal.SIGTERM)
+    status, output = finish(process)
+    assert status == 0, output
+    assert run.read("metrics", "evaluation")[-1]["step"] == 3000
+
+
+@pytest.mark.slow
+def test_a_finished_run_goes_on_with_a_larger_budget(tmp_path):
+    run = RunDir(tmp_path / "run")
+    assert finish(start(run.path, "learner.steps=300"))[0] == 0
+    status, output = finish(start(run.path, "learner.steps=900", "run.resume=true"))
+    assert status == 0, output
+    rows = run.read("metrics", "evaluation")
+    assert [row["step"] for row in rows if row["final"]] == [300, 900]
+
+
+@pytest.mark.slow
+def test_without_opengl_everything_but_films_works(tmp_path, monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "disable")
+    run = RunDir(tmp_path / "run")
+    overrides = ["task=metaworld/reach", "learner.steps=100", "sim.horizon=60", "actors.speed=0"]
+    status, output = finish(start(run.path, *overrides))
+    assert status == 0, output
+    assert any(e["event"] == "no films" and "apt-get" in e["error"] for e in run.events())
+    assert run.read("metrics", "evaluation")[-1]["final"]
+
+
+@pytest.mark.slow
 def test_roles_end_when_the_supervisor_is_killed(tmp_path):
     run = RunDir(tmp_path / "run")
     process = start(run.path, "learner.steps=100000")

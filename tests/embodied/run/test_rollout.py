@@ -99,7 +99,8 @@ def test_the_expert_takes_over_in_the_middle_and_only_its_steps_are_marked():
     marks = [step.intervention for step in steps[0][:-1]]
     assert marks == [False] * 6 + [True] * (result.ticks - 6)
     assert result.interventions == result.ticks - 6
-    assert all(step.policy_version == 7 for step in steps[0][:-1])
+    versions = [step.policy_version for step in steps[0][:-1]]
+    assert versions == [7] * 6 + [-1] * (result.ticks - 6)
     expert = PointMassExpert()
     for step in steps[0][6:-1]:
         np.testing.assert_allclose(step.action, expert.act(step.observation), atol=1e-6)
@@ -113,6 +114,30 @@ def test_the_policy_sees_its_history_padded_at_the_start():
     first, second = policy.seen[0]["observation.state"], policy.seen[1]["observation.state"]
     np.testing.assert_array_equal(first[0], [states[0]] * 3)
     np.testing.assert_array_equal(second[0], states[2:5])
+
+
+def test_a_long_history_is_never_cut():
+    policy = Straight(n_obs_steps=48, gain=0.0)
+    rollout, steps = make_rollout(1, [[Start(9)]], policy=policy, horizon=150)
+    run(rollout)
+    goal = steps[0][0].observation["observation.environment_state"]
+    assert all((s["observation.environment_state"] == goal).all() for s in policy.seen)
+    rollout, steps = make_rollout(1, [[Start(9)]], policy=(slow := Straight(48, gain=0.02)))
+    run(rollout)
+    states = np.stack([step.observation["observation.state"] for step in steps[0]])
+    for decision, seen in enumerate(slow.seen):
+        tick = 4 * decision
+        index = np.clip(np.arange(tick - 47, tick + 1), 0, None)
+        np.testing.assert_array_equal(seen["observation.state"][0], states[index])
+
+
+def test_weights_that_arrive_within_a_chunk_count_from_the_next_one():
+    rollout, steps = make_rollout(1, [[Start(2)]], policy=Straight())
+    rollout.tick()
+    rollout.tick()
+    rollout.set_policy(Straight(), 8)
+    run(rollout)
+    assert [step.policy_version for step in steps[0][:6]] == [7] * 4 + [8] * 2
 
 
 def test_rows_that_are_due_decide_in_one_batch():
