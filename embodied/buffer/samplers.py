@@ -31,11 +31,6 @@ def select_all(episode: EpisodeInfo, flags: StepFlags) -> np.ndarray:
     return np.ones(len(episode.rows), np.bool_)
 
 
-def select_interventions(episode: EpisodeInfo, flags: StepFlags) -> np.ndarray:
-    """Steps whose action an expert or a person chose (DAgger's labels)."""
-    return flags.intervention
-
-
 class WindowSampler:
     """Draws windows around selected steps of closed episodes, uniformly, with replacement."""
 

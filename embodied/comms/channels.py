@@ -19,8 +19,6 @@ from embodied.comms.codec import (
     decode,
     encode,
     members_of,
-    pack,
-    unpack,
 )
 from embodied.comms.sockets import Channel, open_socket, receive, send
 from embodied.core import errors
@@ -79,7 +77,6 @@ class RequestServer(Channel):
         self._commit = commit
         self._max_batch = max_batch
         self.num_bad = 0
-        self.last_bad: CorruptDataError | None = None
 
     def poll(self, timeout_s: float) -> int:
         """Wait up to timeout_s, then answer all pending requests; returns how many."""
@@ -94,9 +91,8 @@ class RequestServer(Channel):
                 if len(frames) < 3 or frames[1].nbytes != _ID.size:
                     raise CorruptDataError(f"request of {len(frames)} frames without an id")
                 header, arrays = decode(frames[2:], self._types)
-            except CorruptDataError as error:
+            except CorruptDataError:
                 self.num_bad += 1
-                self.last_bad = error
                 continue
             try:
                 replies.append((frames[:2], *self._handler(header, arrays)))
@@ -203,40 +199,6 @@ class RequestClient(Channel):
                 self._waiting.remove(number)
             except CorruptDataError:
                 self.num_bad += 1
-
-
-class Publisher(Channel):
-    """Publishes values of which only the newest matters (one packed frame each: CONFLATE)."""
-
-    def __init__(self, address: str) -> None:
-        options = {zmq.CONFLATE: 1}
-        super().__init__(open_socket(zmq.PUB, address, bind=True, options=options))
-
-    def send(self, header: msgspec.Struct, arrays: Mapping[str, np.ndarray]) -> None:
-        """Replace the value that subscribers have not fetched yet; never waits."""
-        send(self._socket, [pack(encode(header, arrays))])
-
-
-class LatestSubscriber(Channel):
-    """Receives the newest value of a Publisher; older ones that were not fetched are gone."""
-
-    def __init__(self, address: str, types: Types) -> None:
-        check_types(types)
-        # With IMMEDIATE the subscription reaches the publisher late and first values are lost.
-        options = {zmq.CONFLATE: 1, zmq.IMMEDIATE: 0}
-        super().__init__(open_socket(zmq.SUB, address, bind=False, options=options))
-        self._socket.setsockopt(zmq.SUBSCRIBE, b"")
-        self._types = types
-        self.num_bad = 0
-
-    def receive_latest(self) -> Message | None:
-        """The newest value that has come since the last call, or None."""
-        try:
-            frames = receive(self._socket)
-            return None if frames is None else decode(unpack(frames[0]), self._types)
-        except CorruptDataError:
-            self.num_bad += 1
-            return None
 
 
 class PushChannel(Channel):

@@ -6,7 +6,6 @@ anything is allocated for it.
 """
 
 import math
-import struct
 import sys
 import types as python_types
 from collections.abc import Mapping, Sequence
@@ -42,7 +41,6 @@ Types = type[msgspec.Struct] | tuple[type[msgspec.Struct], ...] | python_types.U
 
 _MAGIC = b"EMB"
 _PREFIX = len(_MAGIC) + 1
-_LENGTH = struct.Struct("<Q")
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -186,30 +184,3 @@ def decode(frames: Sequence[Frame], types: Types) -> Message:
             raise CorruptDataError(f"message lists array '{entry.name}' twice")
         arrays[entry.name] = _array(entry, frame)
     return header, arrays
-
-
-def pack(frames: Sequence[Frame]) -> bytes:
-    """All frames in one, each behind its length and at a multiple of 8 bytes."""
-    parts: list[Frame] = []
-    for frame in frames:
-        size = memoryview(frame).nbytes
-        parts += (_LENGTH.pack(size), frame, bytes(-size % 8))
-    return b"".join(parts)
-
-
-def unpack(packed: Frame) -> list[memoryview]:
-    """The frames that pack joined, as views. Raises CorruptDataError if the lengths do not fit."""
-    view = memoryview(packed)
-    frames: list[memoryview] = []
-    offset = 0
-    while offset < view.nbytes:
-        start = offset + _LENGTH.size
-        size = _LENGTH.unpack_from(view, offset)[0] if start <= view.nbytes else view.nbytes
-        offset = start + size + -size % 8
-        if offset > view.nbytes or len(frames) > MAX_ARRAYS:
-            raise CorruptDataError(
-                f"packed message of {view.nbytes} bytes: frame {len(frames)} claims {size} bytes; "
-                f"they must fit, and at most {1 + MAX_ARRAYS} frames"
-            )
-        frames.append(view[start : start + size])
-    return frames

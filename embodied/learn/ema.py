@@ -1,7 +1,6 @@
 """Exponential moving average of a policy's parameters."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -44,27 +43,8 @@ class EMA:
         """Copies of the averages by parameter name."""
         return {key: value.clone() for key, value in self._average.items()}
 
-    @torch.no_grad()
-    def copy_to(self, policy: nn.Module) -> None:
-        """Write the averages into a policy."""
-        _write(policy, self._average)
-
-    @contextmanager
-    def swapped(self, policy: nn.Module) -> Iterator[None]:
-        """Let the policy hold the averages for a while, then what it held before."""
-        before = _copy(policy)
-        self.copy_to(policy)
-        try:
-            yield
-        finally:
-            _write(policy, before)
-
-    def save(self) -> tuple[dict[str, torch.Tensor], int]:
-        """The averages and the number of updates: the arguments of `load`."""
-        return self.parameters(), self.updates
-
     def load(self, parameters: Mapping[str, torch.Tensor], updates: int) -> None:
-        """Continue from `save`; CorruptDataError if they are not this policy's."""
+        """Continue from saved averages; CorruptDataError if they are not this policy's."""
         if parameters.keys() != self._average.keys():
             odd = sorted(parameters.keys() ^ self._average.keys())
             raise CorruptDataError(f"averages missing or of another network: {', '.join(odd[:4])}")
@@ -82,9 +62,3 @@ class EMA:
 
 def _copy(policy: nn.Module) -> dict[str, torch.Tensor]:
     return {key: p.detach().clone() for key, p in policy.named_parameters()}
-
-
-@torch.no_grad()
-def _write(policy: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-    for key, parameter in policy.named_parameters():
-        parameter.copy_(values[key])

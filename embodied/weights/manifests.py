@@ -22,14 +22,13 @@ _Version = Annotated[int, msgspec.Meta(ge=1, le=99_999_999)]
 
 class WeightManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a version consists of. sha256, num_bytes: of the safetensors blob. base: version that
-    the blob is a difference to; None: it is whole. created_step: learner step. config: how to
+    the blob is a difference to; None: it is whole. config: how to
     build the policy. metadata: anything else that is JSON."""
 
     version: _Version
     sha256: _Digest
     num_bytes: _Size
     base: _Version | None
-    created_step: int
     config: dict[str, Any]
     metadata: dict[str, Any]
 

@@ -72,8 +72,6 @@ class WeightStore:
         arrays: Mapping[str, np.ndarray],
         config: bytes | dict[str, Any],
         metadata: dict[str, Any] | None = None,
-        *,
-        created_step: int = -1,
     ) -> WeightManifest:
         """Store a new version, durably, and return its manifest.
 
@@ -86,7 +84,6 @@ class WeightStore:
             sha256=hashlib.sha256(blob).hexdigest(),
             num_bytes=len(blob),
             base=None,
-            created_step=created_step,
             config=json_object(config, "config"),
             metadata=json_object(metadata or {}, "metadata"),
         )

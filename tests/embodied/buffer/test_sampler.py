@@ -7,13 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embodied.buffer.replay import ReplayReader, ReplayWriter
-from embodied.buffer.samplers import WindowSampler, select_all, select_interventions
+from embodied.buffer.samplers import WindowSampler, select_all
 from embodied.buffer.windows import WindowSpec
 from embodied.core.episodes import Step
 from embodied.core.errors import ConfigError
 
 STATE = "observation.state"
 IMAGE = "observation.image"
+
+
+def select_interventions(episode, flags):
+    return flags.intervention
 
 
 def step(stream, episode, index, rng, final):

@@ -11,8 +11,6 @@ import zmq
 
 from embodied.comms.channels import (
     ErrorReply,
-    LatestSubscriber,
-    Publisher,
     PullChannel,
     PushChannel,
     RequestClient,
@@ -170,48 +168,6 @@ def test_bad_messages_are_counted_and_do_no_harm(tmp_path):
             assert client.request(Ask(1), {}, 5)[0] == Tell(2)
         wait_for(lambda: server.num_bad == len(bad))
         raw.close()
-
-
-def test_slow_subscriber_gets_only_the_newest(address):
-    with Publisher(address) as publisher, LatestSubscriber(publisher.address, Tell) as subscriber:
-        assert subscriber.receive_latest() is None
-        latest = None
-
-        def publish_zero():
-            publisher.send(Tell(0), {})
-            return subscriber.receive_latest() is not None
-
-        wait_for(publish_zero)
-        for i in range(1, 200):
-            publisher.send(Tell(i), {"x": np.full(10_000, i)})
-        received = []
-
-        def newest_came():
-            nonlocal latest
-            latest = subscriber.receive_latest()
-            if latest is not None:
-                received.append(latest[0].n)
-            return bool(received) and received[-1] == 199
-
-        time.sleep(0.3)
-        wait_for(newest_came)
-        assert received == [199]
-        assert latest is not None and latest[1]["x"].tolist() == [199] * 10_000
-        assert subscriber.receive_latest() is None
-
-
-def test_subscriber_survives_a_restart_of_the_publisher(tmp_path):
-    address = f"ipc://{tmp_path}/s"
-    with LatestSubscriber(address, Tell) as subscriber:
-        for round_number in range(2):
-            with Publisher(address) as publisher:
-
-                def arrived(publisher=publisher, round_number=round_number):
-                    publisher.send(Tell(round_number), {})
-                    latest = subscriber.receive_latest()
-                    return latest is not None and latest[0] == Tell(round_number)
-
-                wait_for(arrived)
 
 
 def test_push_drops_and_counts_when_full(tmp_path):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embodied.comms import codec
-from embodied.comms.codec import DTYPES, decode, encode, pack, unpack
+from embodied.comms.codec import DTYPES, decode, encode
 from embodied.core.errors import ConfigError, CorruptDataError, SpecError
 
 
@@ -167,14 +167,3 @@ def test_noise_raises_corrupt_data_only(frames, prefixed):
         frames[0] = b"EMB\x01" + frames[0]
     with pytest.raises(CorruptDataError):
         decode(frames, (Ping, Pong))
-    with contextlib.suppress(CorruptDataError):
-        unpack(b"".join(frames))
-
-
-@given(st.lists(st.binary(max_size=40), max_size=5))
-def test_pack_unpack(frames):
-    packed = pack(frames)
-    assert as_bytes(unpack(packed)) == frames
-    if packed:
-        with pytest.raises(CorruptDataError):
-            unpack(packed[:-1])
