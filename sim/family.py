@@ -13,7 +13,7 @@ from embodied.core.errors import ConfigError, MissingDependencyError
 from embodied.core.frames import Frame
 from embodied.core.protocols import SimulatedDriver
 from embodied.core.seeds import derive_seed
-from embodied.core.specs import DeviceSpec
+from embodied.core.specs import ArraySpec, DeviceSpec
 from embodied.core.tasks import Expert, Outcome, Resettable
 from hal.device import Device, DeviceInfo
 
@@ -43,6 +43,16 @@ class SimConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ConfigError(f"sim.image_size is {self.image_size}; use 16 to 1024 pixels")
         if self.horizon is not None and self.horizon < 1:
             raise ConfigError(f"sim.horizon is {self.horizon}; it must be at least 1 tick")
+
+    def picture_specs(self) -> dict[str, ArraySpec]:
+        """Specs of the camera observations, by key."""
+        shape = (self.image_size, self.image_size, 3)
+        return {picture_key(camera): ArraySpec(shape, "uint8") for camera in self.cameras}
+
+
+def picture_key(camera: str) -> str:
+    """Key of a camera's observation."""
+    return f"observation.images.{camera}"
 
 
 @dataclass(frozen=True)

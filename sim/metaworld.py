@@ -10,7 +10,7 @@ from embodied.core.frames import Observation
 from embodied.core.specs import ArraySpec, DeviceSpec
 from embodied.core.tasks import Expert
 from sim import rendering
-from sim.family import SimConfig, SimTask, require
+from sim.family import SimConfig, SimTask, picture_key, require
 
 _TICK_HZ = 80.0
 _HORIZON = 250
@@ -59,17 +59,11 @@ class MetaWorldDriver:
     """
 
     def __init__(self, task: str, config: SimConfig) -> None:
-        images = {
-            f"observation.images.{camera}": ArraySpec(
-                (config.image_size, config.image_size, 3), "uint8"
-            )
-            for camera in config.cameras
-        }
         self.spec = DeviceSpec(
             observation={
                 "observation.state": ArraySpec((4,), names=_STATE),
                 "observation.environment_state": ArraySpec((35,)),
-                **images,
+                **config.picture_specs(),
             },
             action=ArraySpec((4,), low=(-1.0,), high=(1.0,), names=("dx", "dy", "dz", "gripper")),
             tick_hz=_TICK_HZ,
@@ -113,7 +107,7 @@ class MetaWorldDriver:
         }
         for camera in self._config.cameras:
             size = self._config.image_size
-            observation[f"observation.images.{camera}"] = self._picture(camera, size, size)
+            observation[picture_key(camera)] = self._picture(camera, size, size)
         return observation
 
     def drive(self, action_D: np.ndarray) -> None:

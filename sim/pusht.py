@@ -10,7 +10,7 @@ from embodied.core.errors import ConfigError, MissingDependencyError
 from embodied.core.frames import Observation
 from embodied.core.specs import ArraySpec, DeviceSpec
 from sim import rendering
-from sim.family import SimConfig, SimTask, require
+from sim.family import SimConfig, SimTask, picture_key, require
 
 _TICK_HZ = 10.0
 _HORIZON = 300
@@ -53,18 +53,13 @@ class PushTDriver:
     def __init__(self, config: SimConfig) -> None:
         if set(config.cameras) - {_CAMERA}:
             raise ConfigError(f"sim.cameras is {list(config.cameras)}; pusht has only '{_CAMERA}'")
-        size = config.image_size
-        images = {
-            f"observation.images.{camera}": ArraySpec((size, size, 3), "uint8")
-            for camera in config.cameras
-        }
         self.spec = DeviceSpec(
             observation={
                 "observation.state": ArraySpec((2,), unit="px", names=("agent_x", "agent_y")),
                 "observation.environment_state": ArraySpec(
                     (4,), unit="px", names=("block_x", "block_y", "block_sin", "block_cos")
                 ),
-                **images,
+                **config.picture_specs(),
             },
             action=ArraySpec((2,), low=(0.0,), high=(_SIDE,), unit="px", names=("x", "y")),
             tick_hz=_TICK_HZ,
@@ -121,7 +116,7 @@ class PushTDriver:
         }
         if self._config.cameras:
             size = self._config.image_size
-            observation[f"observation.images.{_CAMERA}"] = self.render(size, size)
+            observation[picture_key(_CAMERA)] = self.render(size, size)
         return observation
 
     def drive(self, action_D: np.ndarray) -> None:

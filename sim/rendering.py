@@ -97,6 +97,12 @@ class Cameras:
 
 def main() -> None:
     """Say which OpenGL backend will render, or how to install one (python -m sim.rendering)."""
+    missing = [name for name in ("libGL.so.1", "libgthread-2.0.so.0") if not _loads(name)]
+    if missing:
+        sys.stdout.write(
+            f"PushT needs {' and '.join(missing)}, all else runs without. "
+            "Install with: apt-get install -y libgl1 libglib2.0-0\n"
+        )
     backend = choose_backend()
     if backend == "disable":
         sys.stdout.write(

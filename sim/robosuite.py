@@ -11,7 +11,7 @@ from embodied.core.frames import Observation
 from embodied.core.specs import ArraySpec, DeviceSpec
 from embodied.core.tasks import Expert
 from sim import rendering
-from sim.family import SimConfig, SimTask, require
+from sim.family import SimConfig, SimTask, picture_key, require
 from sim.robosuite_experts import EXPERTS, seed_reset, seeded_numpy
 
 _TICK_HZ = 20.0
@@ -65,16 +65,11 @@ class RobosuiteDriver:
 
     def __init__(self, task: str, config: SimConfig) -> None:
         self._objects = _TASKS[task][2]
-        size = config.image_size
-        images = {
-            f"observation.images.{camera}": ArraySpec((size, size, 3), "uint8")
-            for camera in config.cameras
-        }
         self.spec = DeviceSpec(
             observation={
                 "observation.state": _vector(_PROPRIOCEPTION),
                 "observation.environment_state": _vector(self._objects),
-                **images,
+                **config.picture_specs(),
             },
             action=ArraySpec((7,), low=(-1.0,), high=(1.0,), names=_ACTION),
             tick_hz=_TICK_HZ,
@@ -126,7 +121,7 @@ class RobosuiteDriver:
         }
         for camera in self._config.cameras:
             size = self._config.image_size
-            observation[f"observation.images.{camera}"] = self._picture(camera, size, size)
+            observation[picture_key(camera)] = self._picture(camera, size, size)
         return observation
 
     def drive(self, action_D: np.ndarray) -> None:
