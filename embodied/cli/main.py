@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; a user's error ends in one paragraph on stderr and status 2."""
     options = parser().parse_args(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a background job starts with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     module, _ = _COMMANDS[options.command]
     console = Console(stderr=True, highlight=False)
     try:
