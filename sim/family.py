@@ -146,7 +146,8 @@ def enumerate_devices() -> list[dict[str, Any]]:
     for family_name in registry.names("tasks"):
         try:
             count = len(registry.resolve("tasks", family_name)().names())
-            rows.append({"id": family_name, "kind": "simulator", "detail": f"{count} tasks"})
+            tasks = f"{count} task{'s' * (count != 1)}"
+            rows.append({"id": family_name, "kind": "simulator", "detail": tasks})
         except MissingDependencyError as error:
             rows.append({"id": family_name, "kind": "simulator", "fault": str(error)})
     return rows
