@@ -13,6 +13,8 @@ from sim.family import SimConfig
 
 pytestmark = pytest.mark.slow
 
+# The library's own script succeeds from 15 of 20 fresh start states (docs/benchmarks.md).
+_WEAK_EXPERTS = {"metaworld/stick-pull": 2}
 _ONE_EACH = {"metaworld": "metaworld/drawer-open", "robosuite": "robosuite/Lift"}
 
 
@@ -123,7 +125,7 @@ def test_the_expert_solves_the_task(task, device):
         assert outcome.terminated == outcome.success
         assert outcome.terminated != outcome.truncated
         successes += outcome.success
-    assert successes >= 2, "Meta-World's weakest scripts succeed on three of four start states"
+    assert successes >= _WEAK_EXPERTS.get(task, 3)
 
 
 def test_cameras_see_something_and_unknown_ones_are_named(task):
