@@ -173,35 +173,35 @@ def _check_data(config: TrainConfig, *, collects: bool) -> None:
         raise ConfigError("demonstrations.episodes must be at least 1 with source=expert")
 
 
+_AT_LEAST = {
+    1: {
+        "actors": ("count", "rows", "ticks_per_round"),
+        "learner": (
+            "steps",
+            "batch_size",
+            "publish_every",
+            "checkpoint_every",
+            "steps_per_round",
+            "threads",
+        ),
+        "evaluation": ("every_steps", "rows"),
+        "buffer": ("segment_mib", "ram_mib"),
+    },
+    0: {
+        "actors": ("speed",),
+        "demonstrations": ("noise",),
+        "evaluation": ("episodes", "final_episodes", "videos"),
+    },
+}
+
+
 def _check_numbers(config: TrainConfig) -> None:
-    positive = {
-        "actors.count": config.actors.count,
-        "actors.rows": config.actors.rows,
-        "actors.ticks_per_round": config.actors.ticks_per_round,
-        "learner.steps": config.learner.steps,
-        "learner.batch_size": config.learner.batch_size,
-        "learner.publish_every": config.learner.publish_every,
-        "learner.checkpoint_every": config.learner.checkpoint_every,
-        "learner.steps_per_round": config.learner.steps_per_round,
-        "learner.threads": config.learner.threads,
-        "evaluation.every_steps": config.evaluation.every_steps,
-        "evaluation.rows": config.evaluation.rows,
-        "buffer.segment_mib": config.buffer.segment_mib,
-        "buffer.ram_mib": config.buffer.ram_mib,
-    }
-    for key, value in positive.items():
-        if value < 1:
-            raise ConfigError(f"{key} is {value}; it must be at least 1")
-    not_negative = {
-        "actors.speed": config.actors.speed,
-        "demonstrations.noise": config.demonstrations.noise,
-        "evaluation.episodes": config.evaluation.episodes,
-        "evaluation.final_episodes": config.evaluation.final_episodes,
-        "evaluation.videos": config.evaluation.videos,
-    }
-    for key, value in not_negative.items():
-        if value < 0:
-            raise ConfigError(f"{key} is {value}; it must be 0 or more")
+    for least, sections in _AT_LEAST.items():
+        for section, fields in sections.items():
+            for field in fields:
+                value = getattr(getattr(config, section), field)
+                if value < least:
+                    raise ConfigError(f"{section}.{field} is {value}; it must be at least {least}")
     most = max(config.evaluation.episodes, config.evaluation.final_episodes)
     if most > family.EVALUATION_SEEDS:
         raise ConfigError(f"there are {family.EVALUATION_SEEDS} evaluation seeds, not {most}")
