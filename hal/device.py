@@ -1,52 +1,44 @@
-"""One class around any driver: clock, command queue, limits, latch."""
+"""One class around any driver: clock, command queue, limits, motion, latch, health."""
 
 import threading
 import time
-from collections import deque
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from embodied.core.clock import Clock, RealClock, VirtualClock
 from embodied.core.errors import DeviceLostError, EmbodiedError
-from embodied.core.frames import Chunk, Frame, Observation, Rejection, Ticket
-from embodied.core.protocols import Driver, Renders, SimulatedDriver
+from embodied.core.frames import Chunk, Frame, Observation, RejectionCode, Ticket
+from embodied.core.protocols import Camera, Driver, Monitored, Renders, SimulatedDriver
+from hal.cameras import Cameras
+from hal.commands import Commands
+from hal.execution import make_execution
+from hal.health import DeviceInfo, Monitor
+from hal.history import History
+from hal.latch import Latch
 from hal.limits import Limits
+from hal.pace import Pace
+from hal.safety import SIMULATED, Bounds, Envelope, SafetyConfig, Workspace
+from hal.senses import Senses
+from hal.violations import Violations
 
-
-class Health(StrEnum):
-    """State of a device."""
-
-    ABSENT = "absent"
-    READY = "ready"
-    HALTED = "halted"
-    LOST = "lost"
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceInfo:
-    """What a device is, without any I/O. rate_hz is that of the last second, 0 if idle."""
-
-    id: str
-    kind: str
-    host: str
-    health: Health = Health.ABSENT
-    reason: str = ""
-    tick_hz: float = 0.0
-    rate_hz: float = 0.0
-    overruns: int = 0
+_REOPEN_S = 1.0
+_POLL_S = 0.01
 
 
 class Device:
     """A robot, simulated or real, as a stream of frames and a queue of actions by absolute tick.
 
-    Ticks count from 0 and never restart. With a VirtualClock, time passes only in `advance`:
-    simulation waits for the policy. With a RealClock a thread ticks at spec.tick_hz whether
-    commands come or not; in a tick without a command the driver holds.
+    Ticks count from 0 and never restart. With a VirtualClock time passes only in `advance`; with a
+    RealClock a thread ticks at spec.tick_hz whether commands come or not. In a tick without a
+    command a position-controlled device (spec.motion) decelerates and stands still; another holds.
 
+    safety: what the host allows. latches: folder of the halts that survive a restart, None for
+    memory only. cameras: read by threads at their own rates; the newest picture joins each frame.
     frame_capacity: how many closed frames are kept for `frames`; asking for one that is
-    older is an error, never a silent gap.
+    older is an error, never a silent gap. on_step: called after every servo step, if set.
     """
 
     def __init__(
@@ -55,35 +47,65 @@ class Device:
         *,
         info: DeviceInfo,
         clock: Clock | None = None,
+        safety: SafetyConfig = SIMULATED,
+        latches: Path | None = None,
+        cameras: Mapping[str, Camera] | None = None,
         frame_capacity: int = 4096,
-        max_obs_age_ticks: int = 64,
     ) -> None:
-        self.spec = driver.spec
-        self._driver = driver
+        self.driver = driver
+        self._cameras = Cameras(cameras or {})
+        self.spec = self._cameras.extend(driver.spec)
+        self.safety = safety
         self._clock = clock or VirtualClock()
         self._realtime = isinstance(self._clock, RealClock)
-        self._limits = Limits(self.spec, max_obs_age_ticks)
-        self._period_ns = round(1e9 / self.spec.tick_hz)
+        self._senses = Senses(driver, self._cameras, self.spec, self._clock, safety.lost_after)
+        self._host_limits = Envelope.of(self.spec).tightened(safety.bounds, "safety.bounds")
+        self._envelope = self._host_limits
+        workspace = None if safety.workspace is None else Workspace(safety.workspace)
+        limits = Limits(self.spec, safety, workspace)
+        self._commands = Commands(self.spec, limits)
+        if safety.heartbeat_s is not None:
+            self._commands.held = "nobody holds a lease"
+        self._violations = Violations(self.spec, safety)
+        self._execution = make_execution(
+            driver, self.spec, limits, self._violations, self._envelope, workspace
+        )
+        self._pace = Pace(
+            self._clock, self.spec.tick_hz, self._execution.steps, realtime=self._realtime
+        )
+        self._taken = False
         self._info = replace(info, tick_hz=self.spec.tick_hz)
-        self._queue: dict[int, np.ndarray] = {}
-        self._closed: deque[Frame] = deque(maxlen=frame_capacity)
+        self._monitor = Monitor()
+        self._latch = Latch(latches, info.id)
+        self._history = History(frame_capacity, info.id)
         self._open: Frame | None = None
-        self._evicted_tick = -1
-        self._previous_D: np.ndarray | None = None
-        self._order = (-1, -1)
-        self._token = 0
-        self._halt_reason = ""
-        self._overruns = 0
-        self._next_ns = 0
-        self._rate = RateMeter()
+        self._heard_ns = 0
+        self._late_ticks = self._breaks = 0
         self._changed = threading.Condition(threading.RLock())
+        self._io = threading.RLock()
         self._thread: threading.Thread | None = None
         self._closing = False
+        self.on_step: Callable[[], None] | None = None
 
     @property
     def info(self) -> DeviceInfo:
-        """Identity, health and rates."""
-        return replace(self._info, rate_hz=self._rate.per_second(), overruns=self._overruns)
+        """Identity, health, rates, counts and latencies."""
+        return self._monitor.info(self._info)
+
+    @property
+    def realtime(self) -> bool:
+        """Whether its time passes by itself."""
+        return self._realtime
+
+    @property
+    def resettable(self) -> bool:
+        """Whether it is simulated, so that `reset` can set its state."""
+        return isinstance(self.driver, SimulatedDriver)
+
+    @property
+    def token(self) -> int:
+        """The newest lease's token; 0 before the first."""
+        return self._commands.token
 
     @property
     def tick(self) -> int:
@@ -92,17 +114,14 @@ class Device:
 
     def open(self) -> "Device":
         """Connect, sense the first frame and, with a real clock, start ticking."""
-        with self._changed:
-            try:
-                self._driver.open()
-                self._next_ns = self._clock.now_ns()
-                self._open = self._sense(0)
-            except BaseException as error:
-                self._driver.close()
-                if isinstance(error, EmbodiedError) or not isinstance(error, Exception):
-                    raise
-                raise self._lost("open", error) from error
-            self._set_health(Health.READY)
+        try:
+            self._cameras.open()
+            self._connect(0)
+        except Exception as error:
+            self._cameras.close()
+            raise (
+                error if isinstance(error, EmbodiedError) else self._lost("open", error)
+            ) from error
         if self._realtime:
             self._thread = threading.Thread(target=self._run, name=self._info.id, daemon=True)
             self._thread.start()
@@ -110,69 +129,83 @@ class Device:
 
     def reset(self, seed: int) -> int:
         """Bring a simulated device to the start state of `seed`; return the new frame's tick."""
-        with self._changed:
+        with self._io, self._changed:
             tick = self._opened().tick
-            if not isinstance(self._driver, SimulatedDriver):
-                raise EmbodiedError(
-                    f"{self._info.id} is not simulated: a task must move it to its start"
-                )
-            self._queue.clear()
-            self._previous_D = None
+            if not isinstance(self.driver, SimulatedDriver):
+                raise EmbodiedError(f"{self._info.id} is no simulator: a task must move it")
+            self._commands.clear()
             try:
-                self._driver.reset(seed)
+                self.driver.reset(seed)
+                observation = self._senses.begin()
             except Exception as error:
                 raise self._lost("reset", error) from error
-            self._next_ns = self._clock.now_ns()
-            self._open = self._sense(tick + 1)
+            self._begin(tick + 1, observation)
             return tick + 1
 
     def submit(self, chunk: Chunk) -> Ticket:
         """Queue a chunk. It replaces everything queued from its first tick on."""
         with self._changed:
-            tick = self._opened().tick
-            fault = self._fenced(chunk)
-            if fault is not None:
-                end = chunk.start_tick + len(chunk.actions_HD)
-                nothing = np.zeros((0, *self.spec.action.shape), self.spec.action.dtype)
-                rejected = (Rejection(chunk.start_tick, end, fault),)
-                return Ticket(chunk.seq, tick, nothing, rejections=rejected)
-            checked = self._limits.check(chunk, tick)
-            self._order = (chunk.epoch, chunk.seq)
-            if len(checked.actions_HD):
-                for queued in [t for t in self._queue if t >= checked.first_tick]:
-                    del self._queue[queued]
-            for k, action_D in enumerate(checked.actions_HD):
-                self._queue[checked.first_tick + k] = action_D
-            return Ticket(
-                chunk.seq,
-                checked.first_tick,
-                checked.actions_HD,
-                checked.clipped,
-                checked.late_ticks,
-                checked.rejections,
-            )
+            tick = self._opened().tick + self._taken
+            if chunk.lease_token == self._commands.token:
+                self._heard_ns = self._clock.now_ns()
+            places = self._execution.places(self._opened().observation)
+            ticket = self._commands.submit(chunk, tick, self._envelope, places)
+            for rejection in ticket.rejections:
+                self._monitor.count(f"rejected {rejection.code}", degrades=rejection.code != "late")
+            self._monitor.count("clipped", ticket.clipped)
+            return ticket
 
-    def lease(self) -> int:
-        """A fencing token for a new holder: chunks without it are refused from now on."""
+    def grant(self, token: int, holder: str, bounds: Bounds | None = None) -> None:
+        """Take a new lease holder, who may tighten the host's limits for as long as it lasts.
+
+        Raises LeaseError for an old token, ConfigError for limits that are wider or leave out
+        where the robot stands.
+        """
         with self._changed:
-            self._token += 1
-            self._order = (-1, -1)
-            self._queue.clear()
-            return self._token
+            envelope = self._host_limits
+            if bounds is not None:
+                envelope = envelope.tightened(bounds, "lease bounds")
+            self._execution.limit(envelope, strict=bounds is not None)
+            self._commands.grant(token, holder)
+            self._envelope = envelope
+            self._heard_ns = self._clock.now_ns()
+            self._monitor.holder = holder
+            self._stop_if_halted()
+
+    def lease(self, holder: str = "this process") -> int:
+        """A fencing token for a new holder in this process: chunks without it are refused."""
+        with self._changed:
+            token = self._commands.next_token()
+            self.grant(token, holder)
+            return token
+
+    def revoke(self, reason: str, code: RejectionCode = "held") -> None:
+        """End the lease: finish what is committed, decelerate, hold until the next one."""
+        with self._changed:
+            if self._open is not None and not self._commands.held:
+                self._monitor.count("leases ended")
+                end_tick = self._open.tick + self.safety.committed_ticks
+                self._commands.revoke(code, reason, end_tick)
+                self._monitor.holder = ""
+
+    def pulse(self, token: int) -> str:
+        """A heartbeat of the lease holder; "" or why it is not (any more) the holder."""
+        with self._changed:
+            if token != self._commands.token:
+                return f"lease {token} has ended; {self._commands.token} is the newest"
+            if not self._commands.held:
+                self._heard_ns = self._clock.now_ns()
+            return self._commands.held
 
     def advance(self, until_tick: int, timeout_s: float = 60.0) -> None:
         """Return once `until_tick` is open: steps a virtual clock, waits for the real one."""
-        with self._changed:
-            if not self._realtime:
-                while self._opened().tick < until_tick:
-                    self._tick()
-                return
-            deadline_s = time.monotonic() + timeout_s
+        if not self._realtime:
             while self._opened().tick < until_tick:
-                if not self._changed.wait(max(0.0, deadline_s - time.monotonic())):
-                    raise DeviceLostError(
-                        f"{self._info.id} did not reach tick {until_tick} in {timeout_s} s"
-                    )
+                self._servo_step()
+            return
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._opened().tick >= until_tick, timeout_s):
+                raise DeviceLostError(f"{self._info.id}: no tick {until_tick} in {timeout_s} s")
 
     def latest(self) -> Frame:
         """The open frame: newest observation and signals."""
@@ -180,54 +213,44 @@ class Device:
             return self._opened()
 
     def frames(self, since_tick: int) -> list[Frame]:
-        """Every frame from `since_tick` to the open one, in order.
-
-        The frame that was open when the device was reset belongs to no episode and is left out.
-        """
+        """Frames from `since_tick` to the open one, without those that were open at a reset."""
         with self._changed:
-            newest = self._opened()
-            if since_tick <= self._evicted_tick:
-                raise EmbodiedError(
-                    f"{self._info.id}: frames up to tick {self._evicted_tick} are gone "
-                    f"(asked for {since_tick}); read more often or raise frame_capacity"
-                )
-            kept: list[Frame] = []
-            for frame in reversed(self._closed):
-                if frame.tick < since_tick:
-                    break
-                kept.append(frame)
-            return [*reversed(kept), newest] if newest.tick >= since_tick else []
+            return self._history.since(since_tick, self._opened())
 
     def halt(self, reason: str) -> None:
-        """Stop taking commands and hold, until `clear`. Idempotent, from any thread."""
+        """Decelerate, hold and latch, until a person clears it. Idempotent, from any thread."""
         with self._changed:
-            self._queue.clear()
-            if self._info.health is Health.READY:
-                self._halt_reason = reason
-                self._set_health(Health.HALTED, reason)
+            self._latch.set(reason)
+            self._stop_if_halted()
             self._changed.notify_all()
 
     def clear(self) -> None:
-        """Leave the halted state; for a person on the host."""
+        """Leave the halted state; for a person on the host. Commands need a new lease."""
         with self._changed:
-            if self._info.health is Health.HALTED:
-                self._halt_reason = ""
-                self._set_health(Health.READY)
+            self._latch.clear()
+            self._violations.clear()
+            self._late_ticks = 0
+            self._stop_if_halted()
 
     def render(self, width: int, height: int) -> np.ndarray | None:
         """A picture for a video, if the driver can draw itself."""
-        with self._changed:
-            return self._driver.render(width, height) if isinstance(self._driver, Renders) else None
+        with self._io:
+            return self.driver.render(width, height) if isinstance(self.driver, Renders) else None
 
     def close(self) -> None:
-        """Hold, stop ticking and disconnect; safe to call twice."""
+        """Come to a stop, hold and disconnect; safe to call twice."""
+        if self._thread is not None:
+            self.revoke("closing")
+            deadline_s = time.monotonic() + self._execution.stopping_s + 0.5
+            while not self._execution.still and time.monotonic() < deadline_s:
+                time.sleep(_POLL_S)
         self._closing = True
         if self._thread is not None:
             self._thread.join(timeout=5.0)
-        with self._changed:
-            if self._info.health is not Health.ABSENT:
-                self._set_health(Health.ABSENT)
-                self._driver.close()
+        if self._monitor.opened:
+            self._monitor.opened = False
+            self.driver.close()
+            self._cameras.close()
 
     def __enter__(self) -> "Device":
         return self.open()
@@ -236,94 +259,141 @@ class Device:
         self.close()
 
     def _opened(self) -> Frame:
-        if self._info.health is Health.LOST:
-            raise DeviceLostError(f"{self._info.id} is lost: {self._info.reason}")
+        if self._monitor.lost:
+            raise DeviceLostError(f"{self._info.id} is lost: {self._monitor.lost}")
         if self._open is None:
             raise EmbodiedError(f"{self._info.id} is not open: call open() first")
         return self._open
 
-    def _fenced(self, chunk: Chunk) -> str | None:
-        if self._info.health is Health.HALTED:
-            return f"halted: {self._halt_reason}"
-        if chunk.lease_token != self._token:
-            return f"lease token {chunk.lease_token} is not the holder's"
-        if (chunk.epoch, chunk.seq) <= self._order:
-            return f"(epoch, seq) {(chunk.epoch, chunk.seq)} does not follow {self._order}"
-        return None
+    def _connect(self, tick: int) -> None:
+        with self._io:
+            try:
+                self.driver.open()
+                observation = self._senses.begin()
+                with self._changed:
+                    self._begin(tick, observation)
+                    self._monitor.opened, self._monitor.lost = True, ""
+                    self._stop_if_halted()
+            except BaseException:
+                self.driver.close()
+                raise
+
+    def _begin(self, tick: int, observation: Observation) -> None:
+        """Open a frame after a break in time: opened, reset, found again."""
+        self._breaks += 1
+        self._pace.begin()
+        self._taken = False
+        self._open = self._senses.frame(tick, observation)
+        self._execution.start(observation)
 
     def _run(self) -> None:
-        while not self._closing and self._info.health is not Health.LOST:
-            self._clock.sleep_until(self._next_ns + self._period_ns)
-            with self._changed:
-                try:
-                    self._tick()
-                except DeviceLostError:
+        while not self._closing:
+            try:
+                self._servo_step()
+            except DeviceLostError:
+                with self._changed:
                     self._changed.notify_all()
-                    return
+                self._find_again()
 
-    def _tick(self) -> None:
-        """Execute the open tick's action, close its frame, sense the next one."""
-        frame = self._opened()
-        queued = self._queue.pop(frame.tick, None)
-        action = None if queued is None else self._limits.slew(queued, self._previous_D)
-        try:
-            if action is None:
-                self._driver.hold()
+    def _find_again(self) -> None:
+        """Open a lost device again and again until it answers; its lease is gone by then."""
+        tick = self._open.tick if self._open is not None else 0
+        while not self._closing:
+            time.sleep(_REOPEN_S)
+            try:
+                self._connect(tick + 1)
+            except Exception as error:  # noqa: BLE001 - whatever a third party's driver raises
+                self._monitor.lost = f"open: {type(error).__name__}: {error}"
             else:
-                self._driver.drive(action)
-            if isinstance(self._driver, SimulatedDriver):
-                self._driver.step_time()
-            self._next_ns += self._period_ns
-            if not self._realtime:
-                self._clock.sleep_until(self._next_ns)
-            elif self._clock.now_ns() > self._next_ns + self._period_ns:
-                self._overruns += 1
-                self._next_ns = self._clock.now_ns()
-            following = self._sense(frame.tick + 1)
-        except Exception as error:
-            raise self._lost("tick", error) from error
-        if action is not None:
-            self._previous_D = action
-        if len(self._closed) == self._closed.maxlen:
-            self._evicted_tick = self._closed[0].tick
-        self._closed.append(replace(frame, action=action, held=action is None))
-        self._open = following
-        self._rate.count()
-        self._changed.notify_all()
+                return
 
-    def _sense(self, tick: int) -> Frame:
-        observation: Observation = self._driver.sense()
-        self.spec.check(observation)
-        now_ns = self._clock.now_ns()
-        signals = self._driver.signals() if isinstance(self._driver, SimulatedDriver) else {}
-        return Frame(tick, observation, dict.fromkeys(observation, now_ns), signals=signals)
+    def _servo_step(self) -> None:
+        """Drive one set point in time; a tick's first plans its motion, its last turns the tick."""
+        if self._pace.wait():
+            self._monitor.count("overruns", degrades=True)
+        started_ns = time.monotonic_ns()
+        with self._changed:
+            last, breaks = self._pace.last, self._breaks
+            self._watch()
+            if self._pace.first:
+                self._plan()
+        planned_ns = time.monotonic_ns()
+        with self._io:
+            try:
+                self._execution.drive()
+                driven_ns = time.monotonic_ns()
+                if isinstance(self.driver, SimulatedDriver):
+                    self.driver.step_time()
+                sensing_ns = time.monotonic_ns()
+                observation = self._senses.read() if last else None
+            except Exception as error:
+                raise self._lost("tick", error) from error
+        if self.on_step is not None:
+            self.on_step()
+        with self._changed:
+            if breaks != self._breaks:
+                return
+            self._pace.stepped()
+            if observation is not None:
+                self._monitor.hops.add("sense", time.monotonic_ns() - sensing_ns)
+                self._turn(observation)
+        self._monitor.hops.add("plan", planned_ns - started_ns)
+        self._monitor.hops.add("drive", driven_ns - planned_ns)
+
+    def _plan(self) -> None:
+        """Take the open tick's command out of the queue and plan its execution."""
+        tick, self._taken = self._opened().tick, True
+        stopping = bool(self._monitor.halted)
+        command = None if stopping else self._commands.pop(tick)
+        event = self._execution.plan(command, self._commands.coming(tick + 1, 2))
+        if event and not (stopping or self._commands.held):
+            self._monitor.count(event, degrades=True)
+
+    def _watch(self) -> None:
+        """Heartbeat and latch, looked at every servo step."""
+        self._stop_if_halted()
+        silent_s = (self._clock.now_ns() - self._heard_ns) / 1e9
+        limit_s = self.safety.heartbeat_s
+        if limit_s is not None and silent_s > limit_s and not self._commands.held:
+            self._monitor.count("heartbeats lost", degrades=True)
+            self.revoke(f"holder silent for {silent_s:.2f} s")
+
+    def _stop_if_halted(self) -> None:
+        self._latch.refresh()
+        self._monitor.halted = self._latch.reason
+        if self._monitor.halted:
+            self._commands.clear()
+            if not self._commands.held:
+                self.revoke(f"halted: {self._monitor.halted}", "halted")
+
+    def _turn(self, observation: Observation) -> None:
+        """Close the open frame and open the next one."""
+        frame = self._opened()
+        self._late_ticks = self._late_ticks + 1 if self._pace.turn() else 0
+        if self.safety.overruns and self._late_ticks >= self.safety.overruns:
+            self.halt(f"{self._late_ticks} deadlines missed in a row")
+        if self._senses.failed:
+            self._monitor.count("failed reads", degrades=True)
+        elif fault := self._execution.violation(observation):
+            self.halt(fault)
+        if isinstance(self.driver, Monitored):
+            condition = self.driver.condition()
+            self._monitor.condition_is(condition)
+            if condition.fault:
+                self.halt(f"the robot reports {condition.fault}")
+        try:
+            following = self._senses.frame(frame.tick + 1, observation)
+        except EmbodiedError as error:
+            raise self._lost("tick", error) from error
+        self._history.append(self._execution.close(frame))
+        self._open = following
+        self._taken = False
+        self._monitor.rate.count()
+        self._changed.notify_all()
 
     def _lost(self, where: str, error: Exception) -> DeviceLostError:
         reason = f"{where}: {type(error).__name__}: {error}"
-        self._set_health(Health.LOST, reason)
+        self.revoke(f"lost: {reason}")
+        self._monitor.lost = reason
+        self.driver.close()
         return DeviceLostError(f"{self._info.id} is lost: {reason}")
-
-    def _set_health(self, health: Health, reason: str = "") -> None:
-        self._info = replace(self._info, health=health, reason=reason)
-
-
-class RateMeter:
-    """Events per second over the last full second."""
-
-    def __init__(self) -> None:
-        self._start_s = time.monotonic()
-        self._count = 0
-        self._rate = 0.0
-
-    def count(self, n: int = 1) -> None:
-        """Note n events."""
-        self._count += n
-        elapsed_s = time.monotonic() - self._start_s
-        if elapsed_s >= 1.0:
-            self._rate = self._count / elapsed_s
-            self._start_s += elapsed_s
-            self._count = 0
-
-    def per_second(self) -> float:
-        """Rate of the last window; 0 once nothing has happened for two seconds."""
-        return self._rate if time.monotonic() - self._start_s < 2.0 else 0.0

@@ -1,85 +1,87 @@
-"""Enumerate what there is to lease: simulated robots, robots of running runs, GPUs."""
+"""Enumerate what there is: robots of this host's agents and runs, loose hardware, GPUs."""
 
 import shutil
 import socket
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from embodied.core import registry
-from embodied.core.errors import EmbodiedError
-from embodied.core.rundir import RunDir
+from hal.leases import DeviceRecord, DeviceStatus
+from hal.pool import Pool
+from hal.state import pool_path
 
 _TIMEOUT_S = 10.0
 
 
 class DeviceRow(msgspec.Struct, frozen=True):
-    """One line of the device table. holder: the run and role that use the device, if any."""
+    """One line of the device table.
+
+    holder: who has leased it. rate_hz: ticks per second achieved, of tick_hz meant. load: share
+    of the rated one (of a GPU: of its time). detail: anything else worth knowing.
+    """
 
     id: str
     kind: str
     host: str
     health: str
-    detail: str = ""
+    reason: str = ""
     holder: str = ""
     rate_hz: float = 0.0
     tick_hz: float = 0.0
+    load: float | None = None
+    temperature_c: float | None = None
+    detail: str = ""
 
 
-class _Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    id: str
-    kind: str
-    host: str
-    health: str
-    rate_hz: float
-    tick_hz: float
-    stream: str
-    role: str
+def devices() -> list[DeviceRow]:
+    """Every device in this host's pool, and what could be one: simulators, serial ports, cameras.
 
-
-def devices(runs: str | Path = "runs") -> list[DeviceRow]:
-    """Every simulator that can be opened here, every robot of a running run, every GPU.
-
-    runs: folder whose run directories are looked at.
+    Every host whose agent shares the pool is in it; what is found by looking is on this one.
     """
+    with Pool(pool_path()) as pool:
+        rows = [_pooled(status) for status in pool.devices()]
+    known = {row.id for row in rows}
     host = socket.gethostname()
-    rows: list[DeviceRow] = []
     for name in registry.names("enumerators"):
         found: list[dict[str, Any]] = registry.resolve("enumerators", name)()
         for row in found:
-            health = "absent" if row.get("fault") else "ready"
-            detail = str(row.get("fault") or row.get("detail", ""))
-            rows.append(DeviceRow(row["id"], row["kind"], host, health, detail))
-    for path in sorted(Path(runs).glob("*/devices/*.json")):
-        run = RunDir(path.parent.parent)
-        if run.in_use():
-            rows.extend(_acting(path, run, host))
+            fault = str(row.get("fault", ""))
+            if row["id"] not in known:
+                health = "absent" if fault else "ready"
+                detail = str(row.get("detail", ""))
+                rows.append(DeviceRow(row["id"], row["kind"], host, health, fault, detail=detail))
     return rows
 
 
-def _acting(path: Path, run: RunDir, host: str) -> list[DeviceRow]:
-    try:
-        statuses = msgspec.json.decode(path.read_bytes(), type=list[_Status])
-    except (msgspec.DecodeError, OSError) as error:
-        raise EmbodiedError(f"{path} cannot be read: {error}") from error
-    return [
-        DeviceRow(
-            id=status.id,
-            kind="robot (simulated)",
-            host=host,
-            health=status.health,
-            detail=status.stream,
-            holder=f"{run.path.name}/{status.role}",
-            rate_hz=status.rate_hz,
-            tick_hz=status.tick_hz,
-        )
-        for status in statuses
-    ]
+def _pooled(status: DeviceStatus) -> DeviceRow:
+    return DeviceRow(
+        status.id,
+        status.kind,
+        status.host,
+        status.health,
+        status.reason,
+        status.holder,
+        status.rate_hz,
+        status.tick_hz,
+        status.load,
+        status.temperature_c,
+        status.detail,
+    )
 
 
-def enumerate_gpus() -> list[dict[str, Any]]:
+class Gpu(msgspec.Struct, frozen=True):
+    """A GPU of this host. fault: why it cannot be used, "" if it can."""
+
+    id: str
+    detail: str
+    load: float | None = None
+    temperature_c: float | None = None
+    fault: str = ""
+
+
+def gpus() -> list[Gpu]:
     """NVIDIA GPUs by name, memory and load; [] where there is no driver."""
     program = shutil.which("nvidia-smi")
     if program is None:
@@ -94,14 +96,34 @@ def enumerate_gpus() -> list[dict[str, Any]]:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return [{"id": "gpu", "kind": "gpu", "fault": f"nvidia-smi is silent for {_TIMEOUT_S} s"}]
+        return [Gpu("gpu", "", fault=f"nvidia-smi is silent for {_TIMEOUT_S} s")]
     if result.returncode:
-        return [
-            {"id": "gpu", "kind": "gpu", "fault": result.stderr.strip() or result.stdout.strip()}
-        ]
-    rows: list[dict[str, Any]] = []
+        return [Gpu("gpu", "", fault=result.stderr.strip() or result.stdout.strip())]
+    found: list[Gpu] = []
     for line in result.stdout.splitlines():
         index, name, used, total, load, celsius = (part.strip() for part in line.split(","))
-        detail = f"{name}, {used}/{total} MiB, {load} %, {celsius} °C"
-        rows.append({"id": f"gpu:{index}", "kind": "gpu", "detail": detail})
-    return rows
+        percent = _number(load)
+        share = None if percent is None else percent / 100
+        found.append(Gpu(f"gpu:{index}", f"{name}, {used}/{total} MiB", share, _number(celsius)))
+    return found
+
+
+def gpu_records(host: str) -> list[tuple[DeviceRecord, Gpu]]:
+    """This host's usable GPUs as an agent offers them."""
+    return [
+        (DeviceRecord(id=f"{host}/{gpu.id}", kind="gpu", host=host), gpu)
+        for gpu in gpus()
+        if not gpu.fault
+    ]
+
+
+def enumerate_gpus() -> list[dict[str, Any]]:
+    """GPUs that no agent offers yet."""
+    return [{"kind": "gpu", "id": g.id, "detail": g.detail, "fault": g.fault} for g in gpus()]
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -1,12 +1,21 @@
 """Several devices as one, with a leading batch axis and a row mask."""
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from embodied.core.errors import SpecError
 from embodied.core.frames import Chunk, Frame, Ticket
-from hal.device import Device
+from hal.commander import Leasable
+
+
+class Opens(Protocol):
+    """A device that is not open yet."""
+
+    def open(self) -> Leasable:
+        """Open it."""
+        ...
 
 
 class DeviceGroup:
@@ -15,7 +24,7 @@ class DeviceGroup:
     mask [B]: rows that take part in a call; the others are left alone.
     """
 
-    def __init__(self, devices: Sequence[Device]) -> None:
+    def __init__(self, devices: Sequence[Leasable]) -> None:
         if not devices:
             raise SpecError("a device group needs at least one device")
         for device in devices[1:]:
@@ -56,9 +65,9 @@ class DeviceGroup:
             device.close()
 
 
-def make_group(make_device: Callable[[int], Device], rows: int) -> DeviceGroup:
+def make_group(make_device: Callable[[int], Opens], rows: int) -> DeviceGroup:
     """Open `rows` devices; those already open are closed again if one fails."""
-    devices: list[Device] = []
+    devices: list[Leasable] = []
     try:
         for row in range(rows):
             devices.append(make_device(row).open())

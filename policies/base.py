@@ -135,15 +135,22 @@ class GenerativePolicy(nn.Module, ABC, Generic[C]):
         """Chunks [B, H, D] float32 in device units and within the action's bounds.
 
         obs: [B, To, …] in device units, exactly the spec's keys. seed: integers [B]; a row's noise
-        depends on its own seed alone. prefix: refused with ConfigError.
+        depends on its own seed alone. prefix [B, d, D]: actions that are committed already and
+        stand at the head of the chunk; the rest is not yet guided by them. Raises SpecError for
+        one that is longer than the chunk or of another shape.
         """
-        if prefix is not None:
-            raise ConfigError("a prefix of committed actions arrives with RTC; pass prefix=None")
         cond_BC = self.encode(obs)
         seeds = noise.check_seeds(seed, cond_BC.shape[0])
         start_BHD = noise.start_noise(seeds, self.spec.horizon, self.spec.action.size)
         generators = noise.step_generators(seeds) if self.stochastic else None
-        return None, self._decide(start_BHD, cond_BC, generators).cpu().numpy()
+        actions_BHD = self._decide(start_BHD, cond_BC, generators).cpu().numpy()
+        if prefix is not None:
+            wanted = (len(actions_BHD), f"1..{self.spec.horizon}", *self.spec.action.shape)
+            shape = actions_BHD[:, : prefix.shape[1]].shape if prefix.ndim == 3 else ()
+            if prefix.shape != shape or not prefix.size:
+                raise SpecError(f"prefix has shape {prefix.shape}; {wanted} is right")
+            actions_BHD[:, : prefix.shape[1]] = prefix
+        return None, actions_BHD
 
     @torch.no_grad()
     def sample(self, obs: Mapping[str, Array], n: int, *, seed: int) -> torch.Tensor:

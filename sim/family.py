@@ -14,8 +14,10 @@ from embodied.core.frames import Frame
 from embodied.core.protocols import SimulatedDriver
 from embodied.core.seeds import derive_seed
 from embodied.core.specs import ArraySpec, DeviceSpec
-from embodied.core.tasks import Expert, Outcome, Resettable
-from hal.device import Device, DeviceInfo
+from embodied.core.tasks import Expert, Outcome, Resettable, Task
+from hal.cameras import picture_key
+from hal.device import Device
+from hal.health import DeviceInfo
 
 EVALUATION_SEEDS = 1 << 20
 """Seeds below this are for evaluation; no training episode ever starts from one of them."""
@@ -50,11 +52,6 @@ class SimConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return {picture_key(camera): ArraySpec(shape, "uint8") for camera in self.cameras}
 
 
-def picture_key(camera: str) -> str:
-    """Key of a camera's observation."""
-    return f"observation.images.{camera}"
-
-
 @dataclass(frozen=True)
 class SimTask:
     """A task that the simulator's signals judge: success ends the episode."""
@@ -81,7 +78,7 @@ class Family(Protocol):
         """Full names of all tasks."""
         ...
 
-    def make_task(self, task: str, config: SimConfig) -> SimTask:
+    def make_task(self, task: str, config: SimConfig) -> Task:
         """Instruction, horizon and judge."""
         ...
 

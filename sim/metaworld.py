@@ -9,8 +9,9 @@ import numpy as np
 from embodied.core.frames import Observation
 from embodied.core.specs import ArraySpec, DeviceSpec
 from embodied.core.tasks import Expert
+from hal.cameras import picture_key
 from sim import rendering
-from sim.family import SimConfig, SimTask, picture_key, require
+from sim.family import SimConfig, SimTask, require
 
 _TICK_HZ = 80.0
 _HORIZON = 250

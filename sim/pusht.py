@@ -9,8 +9,9 @@ import numpy as np
 from embodied.core.errors import ConfigError, MissingDependencyError
 from embodied.core.frames import Observation
 from embodied.core.specs import ArraySpec, DeviceSpec
+from hal.cameras import picture_key
 from sim import rendering
-from sim.family import SimConfig, SimTask, picture_key, require
+from sim.family import SimConfig, SimTask, require
 
 _TICK_HZ = 10.0
 _HORIZON = 300

@@ -10,8 +10,9 @@ import numpy as np
 from embodied.core.frames import Observation
 from embodied.core.specs import ArraySpec, DeviceSpec
 from embodied.core.tasks import Expert
+from hal.cameras import picture_key
 from sim import rendering
-from sim.family import SimConfig, SimTask, picture_key, require
+from sim.family import SimConfig, SimTask, require
 from sim.robosuite_experts import EXPERTS, seed_reset, seeded_numpy
 
 _TICK_HZ = 20.0

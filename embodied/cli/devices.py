@@ -1,31 +1,63 @@
 """embodied devices."""
 
 import argparse
+import time
 
 import msgspec
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
+
+_COLOURS = {"ready": "green", "leased": "cyan", "degraded": "yellow", "halted": "bold red"}
+_EVERY_S = 1.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("--json", action="store_true", help="machine-readable output")
-    parser.add_argument("--root", default="runs", help="where running runs are looked for")
+    parser.add_argument("--watch", action="store_true", help="refresh every second until Ctrl-C")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print one table of what is on this machine."""
+    """Print one table of what there is on this host and on those that share its pool."""
     from hal.discovery import devices
 
-    rows = devices(options.root)
     console = Console(highlight=False)
     if options.json:
-        console.print(msgspec.json.encode(rows).decode(), markup=False, soft_wrap=True)
+        while True:
+            rows = msgspec.json.encode(devices()).decode()
+            console.print(rows, markup=False, soft_wrap=True)
+            if not options.watch:
+                return 0
+            time.sleep(_EVERY_S)
+    if not options.watch:
+        console.print(table())
         return 0
-    table = Table("id", "kind", "host", "health", "rate", "holder", "detail")
-    for row in rows:
-        rate = f"{row.rate_hz:.0f} / {row.tick_hz:.0f} Hz" if row.tick_hz else ""
-        table.add_row(row.id, row.kind, row.host, row.health, rate, row.holder, escape(row.detail))
-    console.print(table)
-    return 0
+    with Live(console=console, auto_refresh=False, screen=True) as live:
+        while True:
+            now = time.strftime("%H:%M:%S")
+            live.update(Group(f"embodied devices, {now}", table()), refresh=True)
+            time.sleep(_EVERY_S)
+
+
+def table() -> Table:
+    """The device table as it is now."""
+    from hal.discovery import devices
+
+    columns = ("id", "kind", "host", "health", "rate", "load", "temp", "holder", "detail")
+    shown = Table(*columns)
+    for row in devices():
+        colour = _COLOURS.get(row.health, "dim")
+        shown.add_row(
+            escape(row.id),
+            row.kind,
+            row.host,
+            f"[{colour}]{row.health}[/]",
+            f"{row.rate_hz:.0f} / {row.tick_hz:.0f} Hz" if row.tick_hz else "",
+            "" if row.load is None else f"{100 * row.load:.0f} %",
+            "" if row.temperature_c is None else f"{row.temperature_c:.0f} °C",
+            escape(row.holder),
+            escape("; ".join(filter(None, (row.reason, row.detail)))),
+        )
+    return shown

@@ -15,7 +15,12 @@ _COMMANDS = {
     "train": ("train", "run a training configuration: robots, buffer, learner, evaluation, report"),
     "collect": ("collect", "record demonstrations by a scripted expert, or import a data set"),
     "eval": ("evaluate", "success of a checkpoint or run on fresh start states"),
-    "devices": ("devices", "list simulated robots and GPUs, like nvidia-smi"),
+    "devices": ("devices", "list robots, cameras and GPUs, like nvidia-smi"),
+    "agent": ("agent", "own this host's robots and offer them to be leased"),
+    "estop": ("estop", "halt this host's robots at once, until a person clears it"),
+    "teleop": ("teleop", "move a robot by keyboard, gamepad or leader arm"),
+    "record": ("record", "record demonstrations by a person on a robot"),
+    "calibrate": ("calibrate", "calibrate an SO-101 arm, follower or leader"),
     "report": ("report", "write report.html of a run directory"),
 }
 

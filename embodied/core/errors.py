@@ -29,6 +29,10 @@ class DeviceLostError(EmbodiedError):
     """A device's driver failed: the device takes no more work until it is opened again."""
 
 
+class LeaseError(EmbodiedError):
+    """A lease that is needed is not held, has run out, or cannot be had."""
+
+
 class LinkError(EmbodiedError):
     """The other end of a channel did not answer in time."""
 

@@ -1,6 +1,7 @@
 """What passes between an actor and a device: frames up, chunks of actions down."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -15,6 +16,7 @@ class Frame:
     t_ns. action is what the device executed during the tick; None while the tick is still open,
     and in a tick in which it held for want of a command (held is then True). signals were
     sensed with the observation, so the reward of tick k's action stands in frame k + 1.
+    seq: number of the chunk that the action came from, -1 if none.
     """
 
     tick: int
@@ -23,6 +25,7 @@ class Frame:
     action: np.ndarray | None = None
     held: bool = False
     signals: dict[str, float] = field(default_factory=dict[str, float])
+    seq: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +46,20 @@ class Chunk:
     policy_version: int = 0
 
 
+RejectionCode = Literal[
+    "late", "stale", "expired", "future", "far", "shape", "dtype", "nonfinite",
+    "halted", "held", "token", "order", "start", "workspace",
+]  # fmt: skip
+"""Kinds of rejection: those of time, of form, of right, and of place."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rejection:
     """Why the actions of a chunk for [first_tick, end_tick) will not be executed."""
 
     first_tick: int
     end_tick: int
+    code: RejectionCode
     reason: str
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from embodied.core.frames import Observation
-from embodied.core.specs import DeviceSpec, PolicySpec
+from embodied.core.specs import ArraySpec, DeviceSpec, PolicySpec
 
 Parameterisation = Literal["epsilon", "sample", "v", "flow"]
 
@@ -30,7 +30,7 @@ class Driver(Protocol):
         ...
 
     def hold(self) -> None:
-        """Command standing still."""
+        """Command standing still: the measured position becomes the goal, and stays it."""
         ...
 
     def close(self) -> None:
@@ -61,6 +61,71 @@ class Renders(Protocol):
 
     def render(self, width: int, height: int) -> np.ndarray:
         """Picture [height, width, 3], uint8."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """How a robot is: hottest part (°C), greatest load (share of the rated one), supply (V).
+
+    retries: reads repeated since open because an answer was missing. fault: what the robot itself
+    reports (overload, over-temperature), "" if nothing; it latches the halt.
+    """
+
+    temperature_c: float | None = None
+    load: float | None = None
+    voltage_v: float | None = None
+    retries: int = 0
+    fault: str = ""
+
+
+@runtime_checkable
+class Monitored(Protocol):
+    """A driver that knows its condition from what `sense` has read: no I/O of its own."""
+
+    def condition(self) -> Condition:
+        """Newest condition."""
+        ...
+
+
+class Camera(Protocol):
+    """One camera, read by a thread of its own at its own rate."""
+
+    spec: ArraySpec
+
+    def open(self) -> None:
+        """Connect; raises with the reason if there is no picture."""
+        ...
+
+    def read(self) -> np.ndarray:
+        """Wait for the next picture [height, width, 3], uint8, RGB."""
+        ...
+
+    def close(self) -> None:
+        """Disconnect; safe to call twice."""
+        ...
+
+
+Event = Literal["success", "failure", "rerecord", "stop", "estop"]
+
+
+class Teleoperator(Protocol):
+    """A person's hands: a keyboard, a gamepad, a leader arm, or a script in their place."""
+
+    def open(self) -> None:
+        """Connect."""
+        ...
+
+    def read(self, observation: Observation) -> np.ndarray | None:
+        """Action [D] for the coming tick; None while the person does not take part."""
+        ...
+
+    def events(self) -> list[Event]:
+        """What the person has signalled since the last call, oldest first."""
+        ...
+
+    def close(self) -> None:
+        """Disconnect; safe to call twice."""
         ...
 
 

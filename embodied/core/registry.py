@@ -15,6 +15,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "metaworld": "sim.metaworld:MetaWorldFamily",
         "robosuite": "sim.robosuite:RobosuiteFamily",
         "pointmass": "sim.pointmass:PointMassFamily",
+        "so101": "sim.so101.family:SO101Family",
     },
     "policies": {
         "flow": "policies.flow:FlowPolicy",
@@ -28,9 +29,38 @@ BUILTIN: dict[str, dict[str, str]] = {
         "bc": "embodied.learn.bc:BC",
         "dagger": "embodied.learn.dagger:DAgger",
     },
+    "drivers": {
+        "so101": "hal.drivers.so101:SO101",
+        "lerobot": "hal.drivers.lerobot:LeRobot",
+        "gymnasium": "hal.drivers.gymnasium:Gymnasium",
+        "simulated": "sim.driver:Simulated",
+    },
+    "cameras": {
+        "opencv": "hal.drivers.opencv:OpenCVCamera",
+    },
+    "teleoperators": {
+        "keyboard": "hal.teleop.keyboard:Keyboard",
+        "gamepad": "hal.teleop.gamepad:Gamepad",
+        "so101_leader": "hal.drivers.so101:SO101Leader",
+        "lerobot": "hal.drivers.lerobot:LeRobotTeleoperator",
+        "scripted": "sim.driver:ScriptedTeleoperator",
+    },
+    "resets": {
+        "motion": "hal.tasks:MotionReset",
+        "person": "hal.tasks:PersonReset",
+    },
+    "judges": {
+        "reach": "hal.tasks:ReachJudge",
+        "key": "hal.tasks:KeyJudge",
+        "classifier": "hal.tasks:ClassifierJudge",
+    },
+    "classifiers": {},
     "enumerators": {
         "simulators": "sim.family:enumerate_devices",
         "gpus": "hal.discovery:enumerate_gpus",
+        "serial": "hal.drivers.discovery:serial_robots",
+        "cameras": "hal.drivers.discovery:cameras",
+        "gamepads": "hal.teleop.gamepad:enumerate_gamepads",
     },
     "datasets": {
         "pusht_human": "sim.pusht_demos:PushTDemonstrations",

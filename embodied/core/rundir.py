@@ -17,7 +17,7 @@ from embodied.core.files import full_disk_named, write_atomic
 
 _PACKAGES = ("embodied-stack", "numpy", "torch", "diffusers", "mujoco", "metaworld", "robosuite")
 _ROLES_END_S = 60.0
-_FOLDERS = ("metrics", "timings", "checkpoints", "videos", "logs", "devices")
+_FOLDERS = ("metrics", "timings", "checkpoints", "videos", "logs")
 
 
 class RunDir:

@@ -70,12 +70,37 @@ class ArraySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return value
 
 
+class MotionSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a position-controlled device moves: its action is a position target for the tick's end.
+
+    velocity, acceleration, jerk: greatest magnitude per action element, in the action's unit per
+    s, s² and s³. servo_hz: rate of the set points that lead to the target, a whole multiple of
+    tick_hz. measured: observation key with the measured positions, in the action's order.
+    """
+
+    velocity: tuple[float, ...]
+    acceleration: tuple[float, ...]
+    jerk: tuple[float, ...]
+    servo_hz: float
+    measured: str = "observation.state"
+
+    def __post_init__(self) -> None:
+        for name in ("velocity", "acceleration", "jerk"):
+            values: tuple[float, ...] = getattr(self, name)
+            if not values or not all(math.isfinite(v) and v > 0 for v in values):
+                raise SpecError(f"motion.{name} is {values}; every value must be positive")
+            if len(values) != len(self.velocity):
+                raise SpecError(f"motion.{name} has {len(values)} values, velocity another number")
+
+
 class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a device senses and accepts; readable before the device is opened.
 
     observation: keys follow LeRobot ("observation.state", "observation.images.front").
     signals: names of privileged scalars that accompany an observation (reward, success).
     max_step: largest change of each action element between two ticks; None means no limit.
+    motion: for position-controlled devices, the limits of the trajectory between two targets;
+    other devices get each action as it is.
     """
 
     observation: dict[str, ArraySpec]
@@ -83,6 +108,27 @@ class DeviceSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tick_hz: float
     signals: tuple[str, ...] = ()
     max_step: tuple[float, ...] | None = None
+    motion: MotionSpec | None = None
+
+    def __post_init__(self) -> None:
+        if self.motion is None:
+            return
+        motion, size = self.motion, self.action.size
+        if len(motion.velocity) != size or not self.action.bounded:
+            raise SpecError(
+                f"motion has {len(motion.velocity)} velocities for an action of {size} elements; "
+                "it needs one each, and an action with finite bounds"
+            )
+        measured = self.observation.get(motion.measured)
+        if measured is None or measured.shape != self.action.shape:
+            raise SpecError(
+                f"motion.measured '{motion.measured}' is no observation like the action"
+            )
+        if round(motion.servo_hz / self.tick_hz) * self.tick_hz != motion.servo_hz:
+            raise SpecError(
+                f"motion.servo_hz is {motion.servo_hz}; it must be a whole multiple of "
+                f"tick_hz={self.tick_hz}"
+            )
 
     def check(self, observation: Mapping[str, np.ndarray]) -> None:
         """Raise SpecError unless `observation` has exactly the declared keys, shapes and dtypes."""

@@ -7,16 +7,16 @@ import numpy as np
 
 from embodied.buffer.replay import ReplayReader
 from embodied.buffer.sink import StepSink
-from embodied.core.clock import VirtualClock
 from embodied.core.config import component
-from embodied.core.errors import EmbodiedError
+from embodied.core.errors import DeviceLostError, EmbodiedError, LeaseError
 from embodied.core.seeds import make_rng
 from embodied.learn.bc import BC
 from embodied.run.config import TrainConfig
 from embodied.run.record import Recorder
+from embodied.run.robots import LeasedRobots, Robots, SimulatedRobots
 from embodied.run.rollout import Result, Rollout, Start
 from embodied.weights.store import WeightStore, WeightWatcher
-from hal.group import make_group
+from hal.group import DeviceGroup
 from sim import family
 
 _ATTEMPTS_PER_DEMONSTRATION = 5
@@ -34,7 +34,11 @@ def streams_of(config: TrainConfig, actor: int) -> list[str]:
 
 
 class Actor:
-    """A group of robots, their experts, a share of the demonstrations, a copy of the weights."""
+    """A group of robots, their experts, a share of the demonstrations, a copy of the weights.
+
+    Robots of its own process are there from the start. Leased ones come and go: rollout is None
+    while there are none, and an episode in which one was lost stays open and teaches nothing.
+    """
 
     def __init__(
         self,
@@ -46,24 +50,21 @@ class Actor:
         *,
         sitting: int,
         speed: float,
+        holder: str,
     ) -> None:
-        found, task = family.find(config.task)
+        self._family, self._task = family.find(config.task)
         rows = config.actors.rows
         self._config = config
         self._streams = streams_of(config, index)
         self._algorithm = make_algorithm(config)
         self._on_result = on_result
         self._sitting = sitting
-        self.group = make_group(
-            lambda row: family.make_device(
-                config.task,
-                config.sim,
-                row=index * rows + row,
-                clock=VirtualClock(speed),
-            ),
-            rows,
-        )
-        experts = [found.make_expert(task, self.group.spec) for _ in range(rows)]
+        self.robots: Robots
+        if config.actors.devices is None:
+            self.robots = SimulatedRobots(config, index, speed, holder)
+        else:
+            spec = self._family.make_driver(self._task, config.sim).spec
+            self.robots = LeasedRobots(config.actors.devices, holder, spec)
         self._recorders = [Recorder(sink, stream) for stream in self._streams]
         self._begun = [sink.next_episode(stream) for stream in self._streams]
         self._wanted = self._share(index)
@@ -74,13 +75,12 @@ class Actor:
         self._watcher = WeightWatcher(weights)
         self._published_ns = 0
         self._policy: Any = None
-        self.rollout = Rollout(
-            self.group,
-            found.make_task(task, config.sim),
-            next_start=self._next_start,
-            experts=experts,
-            on_step=lambda row, step: self._recorders[row].add(step),
-        )
+        self.rollout: Rollout | None = None
+        self.latencies_s: list[float] = []
+        self.version = -1
+        self.ticks = self.losses = 0
+        self.fault = ""
+        self._ready()
 
     @property
     def demonstrating(self) -> bool:
@@ -109,7 +109,9 @@ class Actor:
             load_arrays(self._policy, arrays)
         if manifest.metadata["sitting"] == self._sitting:
             self._published_ns = int(manifest.metadata["published_ns"])
-        self.rollout.set_policy(self._policy, manifest.version)
+        self.version = manifest.version
+        if self.rollout is not None:
+            self.rollout.set_policy(self._policy, self.version)
         return True
 
     @property
@@ -119,12 +121,56 @@ class Actor:
 
     def tick(self) -> list[Result]:
         """One tick of every robot; returns the episodes that ended."""
-        results = self.rollout.tick()
+        self.robots.report()
+        rollout = self._ready()
+        if rollout is None:
+            return []
+        try:
+            results = rollout.tick()
+        except (LeaseError, DeviceLostError) as error:
+            self._lose(error)
+            return []
+        self.latencies_s.extend(rollout.latencies_s)
+        rollout.latencies_s.clear()
+        self.ticks += rollout.ticks
+        rollout.ticks = 0
         for result in results:
             self._in_hand[result.row] = False
             self._note(result.demonstration, result.success, result.ticks)
             self._on_result(result)
         return results
+
+    @property
+    def idle(self) -> bool:
+        """Whether no robot runs an episode."""
+        return self.rollout is None or self.rollout.idle
+
+    def _ready(self) -> Rollout | None:
+        """The rollout on the robots, begun when they could be had."""
+        if self.rollout is None and (group := self.robots.acquire()) is not None:
+            self.rollout = self._begin(group)
+            self.fault = ""
+        return self.rollout
+
+    def _begin(self, group: DeviceGroup) -> Rollout:
+        rollout = Rollout(
+            group,
+            self._family.make_task(self._task, self._config.sim),
+            next_start=self._next_start,
+            experts=[self._family.make_expert(self._task, group.spec) for _ in group.devices],
+            on_step=lambda row, step: self._recorders[row].add(step),
+        )
+        if self._policy is not None:
+            rollout.set_policy(self._policy, self.version)
+        return rollout
+
+    def _lose(self, error: EmbodiedError) -> None:
+        if not self.robots.lost(error):
+            raise error
+        self.rollout = None
+        self.losses += 1
+        self.fault = str(error)
+        self._in_hand = [False] * len(self._in_hand)
 
     def _share(self, index: int) -> int:
         demonstrations = self._config.demonstrations
@@ -156,7 +202,7 @@ class Actor:
             self._in_hand[row] = True
             self._begun[row] += 1
             return Start(seed, takeover_tick=0, noise=config.demonstrations.noise)
-        if not self.rollout.has_policy:
+        if self._policy is None:
             return None
         rng: np.random.Generator = make_rng(config.seed, stream, number, "plan")
         plan = self._algorithm.plan(self._longest_ticks or config.sim.horizon or 100, rng)
@@ -165,23 +211,6 @@ class Actor:
         self._begun[row] += 1
         return Start(seed, takeover_tick=plan.takeover_tick)
 
-    def status(self) -> list[dict[str, Any]]:
-        """Device table rows for this actor's robots."""
-        return [
-            {
-                "id": info.id,
-                "kind": info.kind,
-                "host": info.host,
-                "health": info.health.value,
-                "rate_hz": round(info.rate_hz, 1),
-                "tick_hz": info.tick_hz,
-                "stream": stream,
-            }
-            for info, stream in zip(
-                (device.info for device in self.group.devices), self._streams, strict=True
-            )
-        ]
-
     def close(self) -> None:
         """Close the robots."""
-        self.group.close()
+        self.robots.close()

@@ -7,6 +7,7 @@ import msgspec
 from embodied.core import config as core_config
 from embodied.core.errors import ConfigError
 from embodied.learn.config import LearnerConfig
+from hal import selectors
 from sim import family
 from sim.family import SimConfig
 
@@ -46,6 +47,9 @@ class DemonstrationsConfig(_Struct, frozen=True):
 class ActorsConfig(_Struct, frozen=True):
     """Robots that act for the run.
 
+    devices: null for simulated robots of the task in the actors' own processes; else which of the
+    host's devices each actor leases, such as "so101@bench" or "arm[camera.wrist]": they act in
+    real time, and one that is lost is replaced or awaited.
     count: actor processes. rows: robots in each. speed: simulated seconds per real second at
     most, 0 for no limit; 1 makes a simulated robot as slow as a real one.
     ticks_per_round: lockstep only, ticks acted per row between two learning rounds.
@@ -55,6 +59,7 @@ class ActorsConfig(_Struct, frozen=True):
     rows: int
     speed: float
     ticks_per_round: int
+    devices: str | None
 
 
 class EvaluationConfig(_Struct, frozen=True):
@@ -149,8 +154,23 @@ def check(config: TrainConfig) -> TrainConfig:
         )
     if config.run.resume and config.run.dir is None:
         raise ConfigError("run.resume=true needs run.dir: the directory of the run to continue")
+    _check_devices(config)
     _check_numbers(config)
     return config
+
+
+def _check_devices(config: TrainConfig) -> None:
+    actors = config.actors
+    if actors.devices is None:
+        return
+    wanted = selectors.parse(actors.devices)
+    if sum(selector.count for selector in wanted) != 1 or actors.rows != 1:
+        raise ConfigError(
+            f"actors.devices is '{actors.devices}' with actors.rows={actors.rows}: each actor "
+            "leases one device; set actors.count for more"
+        )
+    if config.run.mode == "lockstep":
+        raise ConfigError("run.mode=lockstep repeats bit for bit; leased devices do not")
 
 
 def _check_data(config: TrainConfig, *, collects: bool) -> None:

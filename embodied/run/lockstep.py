@@ -85,6 +85,7 @@ class Lockstep:
                     self._recorder(index),
                     sitting=run.sitting(),
                     speed=0.0,
+                    holder=f"{run.path.name}/actor{index}",
                 )
                 actor.recall(build.make_reader(run, config))
                 actors.append(actor)

@@ -1,7 +1,6 @@
 """The processes of a run on one machine: buffer, actors, learner, evaluator."""
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -9,8 +8,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from embodied.buffer.client import BufferClient
 from embodied.buffer.service import BufferService
@@ -22,7 +19,7 @@ from embodied.core.errors import (
     LinkError,
     StorageFullError,
 )
-from embodied.core.files import write_atomic
+from embodied.core.processes import die_with_parent
 from embodied.core.rundir import RunDir
 from embodied.run import build
 from embodied.run.config import TrainConfig
@@ -36,7 +33,6 @@ FAILED = 3
 STOPPED = 4
 """Exit status of a role that was asked to end; one that was not asked by us is restarted."""
 
-_PR_SET_PDEATHSIG = 1
 _REPORT_S = 2.0
 _IDLE_S = 0.05
 _POLL_S = 0.2
@@ -114,6 +110,7 @@ def actor_role(context: Context) -> None:
             on_result,
             sitting=run.sitting(),
             speed=config.actors.speed,
+            holder=f"{run.path.name}/{context.role}",
         )
         try:
             actor.recall(build.make_reader(run, config))
@@ -126,7 +123,7 @@ def actor_role(context: Context) -> None:
 
 
 def _act(context: Context, actor: Any, sink: BufferClient, results: list[Any]) -> None:
-    run, rollout = context.run, actor.rollout
+    run = context.run
     started_s, ticks, polled_s = time.monotonic(), 0, 0.0
     ages_s: list[float] = []
     while True:
@@ -136,30 +133,32 @@ def _act(context: Context, actor: Any, sink: BufferClient, results: list[Any]) -
             context.check(
                 episodes=len(results),
                 demonstrating=actor.demonstrating,
-                version=rollout.version,
-                fault=str(sink.last_error) if sink.last_error and sink.unacknowledged else None,
+                version=actor.version,
+                fault=str(sink.last_error)
+                if sink.last_error and sink.unacknowledged
+                else actor.fault or None,
             )
-        decisions = len(rollout.latencies_s)
+        decisions, losses = len(actor.latencies_s), actor.losses
         actor.tick()
-        if len(rollout.latencies_s) > decisions and actor.published_ns:
+        if actor.losses > losses:
+            run.event("device lost", role=context.role, error=actor.fault)
+        if len(actor.latencies_s) > decisions and actor.published_ns:
             ages_s.append((time.monotonic_ns() - actor.published_ns) / 1e9)
-        if rollout.idle:
+        if actor.idle:
             sink.flush(timeout_s=10.0)
             context.check()
             time.sleep(_IDLE_S)
         elapsed_s = time.monotonic() - started_s
         if elapsed_s >= _REPORT_S:
-            rate = (rollout.ticks - ticks) / elapsed_s
+            rate = (actor.ticks - ticks) / elapsed_s
             row: dict[str, Any] = {"steps_per_s": rate, "unacknowledged": sink.unacknowledged}
-            if rollout.latencies_s:
-                row["latency_ms"] = [round(1e3 * x, 3) for x in rollout.latencies_s]
+            if actor.latencies_s:
+                row["latency_ms"] = [round(1e3 * x, 3) for x in actor.latencies_s]
                 row["weight_age_s"] = [round(x, 3) for x in ages_s]
             run.timings(context.role, row)
-            status = [{**device, "role": context.role} for device in actor.status()]
-            write_atomic(run.path / "devices" / f"{context.role}.json", msgspec.json.encode(status))
             context.check(steps_per_s=rate)
-            started_s, ticks = time.monotonic(), rollout.ticks
-            rollout.latencies_s.clear()
+            started_s, ticks = time.monotonic(), actor.ticks
+            actor.latencies_s.clear()
             ages_s.clear()
 
 
@@ -331,12 +330,6 @@ ROLES: dict[str, Callable[[Context], None]] = {
     "learner": learner_role,
     "evaluator": evaluator_role,
 }
-
-
-def die_with_parent() -> None:
-    """Have the kernel end this process when its parent dies, however that dies (Linux)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def main() -> int:

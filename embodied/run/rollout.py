@@ -9,11 +9,17 @@ import numpy as np
 
 from embodied.core.episodes import Step
 from embodied.core.errors import EmbodiedError
-from embodied.core.frames import Chunk, Frame
-from embodied.core.protocols import Policy
+from embodied.core.frames import Frame
+from embodied.core.protocols import Policy, Teleoperator
 from embodied.core.seeds import derive_seed, make_rng
 from embodied.core.tasks import Expert, Outcome, Task
+from hal.commander import Commander
 from hal.group import DeviceGroup
+from hal.schedule import ChunkSchedule
+
+_SOURCES_KEPT = 64
+_HANDED_TICKS = 4
+"""A person's action is given for a few ticks, so that a late one is not a gap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +48,19 @@ class Result:
 
 @dataclass(slots=True)
 class _Row:
-    """A running episode."""
+    """A running episode. handed: a person acts now. sources: of each chunk by its number, the
+    policy version and whether it was an intervention."""
 
     start: Start
     first_tick: int
     frames: list[Frame]
-    next_decision: int
     total_reward: float = 0.0
     interventions: int = 0
     decisions: int = 0
     peaks: dict[str, float] = field(default_factory=dict)
     version: int = -1
+    handed: bool = False
+    sources: dict[int, tuple[int, bool]] = field(default_factory=dict)
 
 
 class Rollout:
@@ -60,8 +68,10 @@ class Rollout:
 
     next_start(row) gives the row's next episode, or None to leave it idle. on_step receives every
     Step's fields that the sink needs; on_frame is called with (row, frame) for films.
-    Decisions of all rows that are due are taken in one batch. Between decisions `set_policy`
-    swaps the weights.
+    Decisions of all rows that are due are taken in one batch, or, on robots whose time does not
+    wait, row by row while the committed actions play. A row's teleoperator takes over while a
+    person takes part. Between decisions `set_policy` swaps the weights. LeaseError and
+    DeviceLostError end the rollout; the running episodes stay open and are never learned from.
     """
 
     def __init__(
@@ -71,6 +81,7 @@ class Rollout:
         *,
         next_start: Callable[[int], Start | None],
         experts: Sequence[Expert | None] | None = None,
+        teleoperators: Sequence[Teleoperator | None] | None = None,
         on_step: Callable[[int, Step], None] | None = None,
         on_frame: Callable[[int, Frame], None] | None = None,
     ) -> None:
@@ -78,12 +89,17 @@ class Rollout:
         self._task = task
         self._next_start = next_start
         self._experts = experts or [None] * len(group)
+        self._teleoperators = teleoperators or [None] * len(group)
         self._on_step = on_step
         self._on_frame = on_frame
         self._rows: list[_Row | None] = [None] * len(group)
         self._rngs = [make_rng(0)] * len(group)
-        self._seq = 0
-        self._leases = [device.lease() for device in group.devices]
+        self._commanders = [Commander(device) for device in group.devices]
+        self._schedules = [
+            ChunkSchedule(group.spec.tick_hz, realtime=device.realtime) for device in group.devices
+        ]
+        self._realtime = group.devices[0].realtime
+        self.rejected = 0
         self._policy: Policy | None = None
         self.version = -1
         self.latencies_s: list[float] = []
@@ -99,14 +115,13 @@ class Rollout:
         self.version = version
 
     @property
-    def has_policy(self) -> bool:
-        """Whether a policy has been set."""
-        return self._policy is not None
-
-    @property
     def idle(self) -> bool:
         """Whether no row runs an episode."""
         return all(row is None for row in self._rows)
+
+    def abandon(self, index: int) -> None:
+        """Leave a row's episode open: it is never learned from. The next tick begins another."""
+        self._rows[index] = None
 
     def tick(self) -> list[Result]:
         """One tick of every row; returns the episodes that ended with it."""
@@ -136,17 +151,19 @@ class Rollout:
         start = self._next_start(index)
         if start is None:
             return
-        if start.takeover_tick is None and self._policy is None:
+        helpless = self._policy is None and self._teleoperators[index] is None
+        if start.takeover_tick is None and helpless:
             raise EmbodiedError("an episode without an expert needs a policy: set_policy first")
         if start.takeover_tick is not None:
             expert = self._experts[index]
             if expert is None:
                 raise EmbodiedError(f"task '{self._task.name}' has no scripted expert to take over")
             expert.reset()
-        tick = self._task.reset(self._group.devices[index], start.seed)
+        self._task.reset(self._commanders[index], start.seed)
         frame = self._group.devices[index].latest()
         self._rngs[index] = make_rng(start.seed, "action noise")
-        self._rows[index] = _Row(start, tick, [frame], tick)
+        self._rows[index] = _Row(start, frame.tick, [frame])
+        self._schedules[index].begin(frame.tick)
         if self._on_frame:
             self._on_frame(index, frame)
 
@@ -155,17 +172,34 @@ class Rollout:
         for index, row in enumerate(self._rows):
             if row is None:
                 continue
+            if self._handed(index, row):
+                continue
             if self._supervised(row):
                 self._supervise(index, row)
-            elif row.frames[-1].tick >= row.next_decision:
+            elif self._policy is not None and self._schedules[index].due(row.frames[-1].tick):
                 due.append(index)
-        if due:
-            self._act(due)
+        for batch in [[index] for index in due] if self._realtime else [due] if due else []:
+            self._act(batch)
+
+    def _handed(self, index: int, row: _Row) -> bool:
+        """Let a person act for this tick, if one takes part."""
+        teleoperator = self._teleoperators[index]
+        if teleoperator is None:
+            return False
+        frame = row.frames[-1]
+        action_D = teleoperator.read(frame.observation)
+        if action_D is not None:
+            actions_HD = np.repeat(action_D[None], _HANDED_TICKS, axis=0)
+            self._submit(index, row, frame.tick, actions_HD, supervised=True)
+        elif row.handed:
+            self._schedules[index].begin(frame.tick)
+        row.handed = action_D is not None
+        return row.handed
 
     def _supervised(self, row: _Row) -> bool:
         takeover = row.start.takeover_tick
         elapsed = row.frames[-1].tick - row.first_tick
-        return self._policy is None or (takeover is not None and elapsed >= takeover)
+        return takeover is not None and elapsed >= takeover
 
     def _supervise(self, index: int, row: _Row) -> None:
         expert = self._experts[index]
@@ -177,7 +211,10 @@ class Rollout:
             spread = row.start.noise * (high - low) / 2
             noisy = action_D + spread * self._rngs[index].standard_normal(action_D.shape)
             action_D = np.clip(noisy, low, high).astype(np.float32)
-        self._submit(index, frame, action_D[None])
+        count = _HANDED_TICKS if self._realtime else 1
+        self._submit(
+            index, row, frame.tick, np.repeat(action_D[None], count, axis=0), supervised=True
+        )
 
     def _act(self, due: list[int]) -> None:
         assert self._policy is not None
@@ -187,14 +224,21 @@ class Rollout:
         for key in spec.observation:
             obs[key] = np.stack([self._history(row, key, spec.n_obs_steps) for row in rows])
         seeds = [derive_seed(row.start.seed, "decision", row.decisions) for row in rows]
+        prefix_dD = self._schedules[due[0]].prefix(rows[0].frames[-1].tick)
+        prefix = None if prefix_dD is None else prefix_dD[None]
         started_s = time.perf_counter()
-        _, actions_BHD = self._policy.act(None, obs, seed=np.array(seeds, np.int64))
+        _, actions_BHD = self._policy.act(None, obs, prefix=prefix, seed=np.array(seeds, np.int64))
         self.latencies_s.append(time.perf_counter() - started_s)
         for index, row, actions_HD in zip(due, rows, actions_BHD, strict=True):
             row.decisions += 1
             row.version = self.version
-            row.next_decision = row.frames[-1].tick + spec.n_action_steps
-            self._submit(index, row.frames[-1], actions_HD)
+            frame = row.frames[-1]
+            sensed_ns = max(frame.t_ns.values()) if self._realtime else 0
+            elapsed_s = (time.monotonic_ns() - sensed_ns) / 1e9 if self._realtime else 0.0
+            start_tick, rest_HD = self._schedules[index].decided(
+                frame.tick, actions_HD, spec.n_action_steps, elapsed_s
+            )
+            self._submit(index, row, start_tick, rest_HD, supervised=False)
 
     @staticmethod
     def _history(row: _Row, key: str, n_obs_steps: int) -> np.ndarray:
@@ -202,19 +246,24 @@ class Rollout:
         frames = [frames[0]] * (n_obs_steps - len(frames)) + frames
         return np.stack([frame.observation[key] for frame in frames])
 
-    def _submit(self, index: int, frame: Frame, actions_HD: np.ndarray) -> None:
-        self._seq += 1
-        chunk = Chunk(
-            start_tick=frame.tick,
-            actions_HD=actions_HD,
-            obs_tick=frame.tick,
-            valid_until_tick=frame.tick + len(actions_HD) - 1,
-            seq=self._seq,
-            lease_token=self._leases[index],
-            policy_version=self.version,
+    def _submit(
+        self, index: int, row: _Row, start_tick: int, actions_HD: np.ndarray, *, supervised: bool
+    ) -> None:
+        version = -1 if supervised else self.version
+        ticket = self._commanders[index].send(
+            actions_HD,
+            obs_tick=row.frames[-1].tick,
+            start_tick=start_tick,
+            policy_version=version,
         )
-        ticket = self._group.devices[index].submit(chunk)
-        if ticket.rejections and not ticket.late_ticks:
+        row.sources[ticket.seq] = version, supervised
+        if len(row.sources) > 2 * _SOURCES_KEPT:
+            for seq in sorted(row.sources)[:-_SOURCES_KEPT]:
+                del row.sources[seq]
+        if not ticket.rejections or ticket.late_ticks:
+            return
+        self.rejected += 1
+        if not self._realtime:
             raise EmbodiedError(
                 f"{self._group.devices[index].info.id} rejected a chunk: "
                 + "; ".join(rejection.reason for rejection in ticket.rejections)
@@ -223,10 +272,10 @@ class Rollout:
     def _advance(self, index: int, row: _Row, closed: Frame, following: Frame) -> Outcome:
         elapsed = following.tick - row.first_tick
         outcome = self._task.judge(following, elapsed)
-        supervised = self._supervised(row)
+        version, supervised = row.sources.get(closed.seq, (row.version, self._supervised(row)))
         row.interventions += supervised
         row.total_reward += outcome.reward
-        for name, value in following.signals.items():
+        for name, value in {**following.signals, "reward": outcome.reward}.items():
             row.peaks[name] = max(row.peaks.get(name, -np.inf), value)
         if self._on_step:
             action = closed.action
@@ -246,7 +295,7 @@ class Rollout:
                     success=outcome.success,
                     intervention=supervised,
                     held=closed.held,
-                    policy_version=-1 if supervised else row.version,
+                    policy_version=-1 if supervised else version,
                     task=self._task.name,
                     seed=row.start.seed,
                 ),

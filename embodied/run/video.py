@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from embodied.core.errors import MissingDependencyError
-from hal.device import Device
+from hal.commander import Leasable
 
 _FPS = 20
 _SIDE = 224
@@ -16,7 +16,7 @@ class Film:
     fault: why there are no pictures, where OpenGL is missing; the episode goes on without.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Leasable) -> None:
         self._device = device
         self._every = max(1, round(device.spec.tick_hz / _FPS))
         self._fps = device.spec.tick_hz / self._every

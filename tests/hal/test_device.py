@@ -12,8 +12,9 @@ from point import POINT_SPEC, PointDriver
 from embodied.core.clock import RealClock, VirtualClock
 from embodied.core.errors import DeviceLostError, EmbodiedError, SpecError
 from embodied.core.frames import Chunk
-from hal.device import Device, DeviceInfo, Health
+from hal.device import Device
 from hal.group import DeviceGroup, make_group
+from hal.health import DeviceInfo, Health
 
 INFO = DeviceInfo("point:0", "point", "local")
 
@@ -88,7 +89,7 @@ BAD = st.sampled_from(["nan", "inf", "shape", "dtype", "empty", "stale", "future
 @given(BAD, st.integers(0, 5))
 def test_no_faulty_chunk_moves_the_robot(fault, ticks):
     driver = PointDriver()
-    with Device(driver, info=INFO, max_obs_age_ticks=64) as device:
+    with Device(driver, info=INFO) as device:
         device.submit(chunk(0, np.zeros((1, 2)), seq=5))
         device.advance(ticks + 1)
         now, actions = device.tick, np.full((4, 2), 0.5, np.float32)
@@ -170,7 +171,9 @@ def test_halt_latches_until_a_person_clears_it(device, point_driver):
     assert "stop pressed" in device.submit(chunk(4, np.ones((1, 2)), seq=2)).rejections[0].reason
     assert device.info.health is Health.HALTED
     device.clear()
-    assert not device.submit(chunk(4, np.ones((1, 2)), seq=3)).rejections
+    assert device.submit(chunk(4, np.ones((1, 2)), seq=3)).rejections[0].code == "halted"
+    token = device.lease()
+    assert not device.submit(chunk(4, np.ones((1, 2)), seq=3, lease_token=token)).rejections
 
 
 def test_a_failing_driver_loses_the_device_with_the_reason(device, point_driver):
@@ -213,7 +216,7 @@ def test_a_real_clock_ticks_by_itself(real_point_driver):
     assert frames[0].held and not frames[5].held
     stamps = np.array([frame.t_ns["observation.state"] for frame in frames])
     assert (np.diff(stamps) > 0).all()
-    with pytest.raises(EmbodiedError, match="not simulated"):
+    with pytest.raises(EmbodiedError, match="no simulator"):
         device._opened() and device.reset(0)
 
 

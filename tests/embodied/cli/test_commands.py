@@ -11,6 +11,7 @@ from embodied.cli.main import main
 from embodied.cli.report import control_figures, write_report
 from embodied.core.rundir import RunDir
 from embodied.run.config import load_train
+from embodied.run.robots import SimulatedRobots
 
 
 def said(capsys):
@@ -57,25 +58,18 @@ def test_the_device_table_lists_simulators_as_json(capsys):
     assert rows["pointmass"]["kind"] == "simulator"
 
 
-def test_robots_of_a_running_run_are_in_the_table(tmp_path, capsys):
-    run = RunDir(tmp_path / "runs" / "mine")
-    run.acquire()
-    status = {
-        "id": "pointmass:0",
-        "kind": "pointmass",
-        "host": "local",
-        "health": "ready",
-        "rate_hz": 19.5,
-        "tick_hz": 20.0,
-        "stream": "actor0.robot0",
-        "role": "actor0",
-    }
-    (run.path / "devices" / "actor0.json").write_text(json.dumps([status]))
-    for held in (True, False):
-        assert main(["devices", "--json", "--root", str(tmp_path / "runs")]) == 0
-        rows = [r for r in json.loads(capsys.readouterr().out) if r["id"] == "pointmass:0"]
-        assert [row["holder"] for row in rows] == (["mine/actor0"] if held else [])
-        run.release()
+def test_robots_of_a_running_actor_are_in_the_table(capsys):
+    robots = SimulatedRobots(load_train(["task=pointmass"]), 0, 1.0, "mine/actor0")
+    for running in (True, False):
+        if running:
+            robots.report()
+        else:
+            robots.close()
+        assert main(["devices", "--json"]) == 0
+        rows = [r for r in json.loads(capsys.readouterr().out) if r["kind"] == "pointmass"]
+        found = [(row["id"], row["holder"], row["health"], row["tick_hz"]) for row in rows]
+        wanted = [(f"pointmass:{os.getpid()}.0", "mine/actor0", "leased", 20.0)]
+        assert found == (wanted if running else [])
 
 
 def test_the_report_of_a_run_without_evaluation_says_so(tmp_path):

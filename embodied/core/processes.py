@@ -1,0 +1,49 @@
+"""Processes: their end, and their urgency."""
+
+import ctypes
+import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+_PRIORITY = 10
+
+
+def die_with_parent() -> None:
+    """Have the kernel end this process (SIGTERM) when its parent dies, however that dies (Linux).
+
+    A parent that died before this call is not noticed: compare os.getppid() with its number.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of this number exists."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def run_urgently() -> bool:
+    """Give this thread, and those it starts, real-time priority; False where that is not allowed.
+
+    Allowed to root, and to users with an rtprio limit (docs/devices.md).
+    """
+    if sys.platform != "linux":
+        return False
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(_PRIORITY))
+    except PermissionError:
+        return False
+    return True
+
+
+def run_normally() -> None:
+    """Take real-time priority from this thread."""
+    if sys.platform == "linux":
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))

@@ -1,0 +1,229 @@
+"""Demonstrations by a person, or a script in one's place, on a leased robot into a buffer."""
+
+import inspect
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from embodied.buffer.log import LogReader
+from embodied.buffer.records import decode_header
+from embodied.buffer.sink import StepSink
+from embodied.core.episodes import Step
+from embodied.core.errors import ConfigError, CorruptDataError, DeviceLostError, LeaseError
+from embodied.core.specs import DeviceSpec
+from embodied.core.tasks import Task
+from embodied.run.leased import LeasedRobot
+from embodied.run.record import Recorder
+from embodied.run.robots import check_spec
+from embodied.run.rollout import Result, Rollout, Start
+from hal.group import DeviceGroup
+from hal.remote import RemoteDevice
+from hal.tasks import Operator, TaskConfig
+from hal.tasks import make_task as make_robot_task
+from hal.teleop.asking import PersonStopped
+from hal.teleop.session import Session
+from sim import family
+from sim.family import SimConfig
+
+_PAUSE_S = 0.05
+
+
+class RecordConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """device: selector of one device of the pool. task: a registered one, or robot_task: one that
+    is configured. teleoperator: a registered one and its options.
+
+    episodes: how many there shall be in output, those already there included. count: which ones
+    count, the "finished" or only the "successful". align_speed, wait_s: see TeleopConfig.
+    """
+
+    device: str
+    task: str | None
+    robot_task: TaskConfig | None = None
+    sim: SimConfig
+    teleoperator: dict[str, Any]
+    episodes: int
+    count: Literal["finished", "successful"]
+    seed: int
+    align_speed: float
+    wait_s: float
+    output: str
+
+    def __post_init__(self) -> None:
+        if (self.task is None) == (self.robot_task is None):
+            raise ConfigError(
+                "name one task: task=so101/reach (a registered one), or robot_task=pick_place "
+                "(one of configs/robot_task)"
+            )
+        if self.episodes < 1:
+            raise ConfigError(f"episodes is {self.episodes}; it must be at least 1")
+
+    @property
+    def task_name(self) -> str:
+        """Name of the task as it is recorded."""
+        return self.robot_task.name if self.robot_task is not None else self.task or ""
+
+
+def finished(path: Path, task: str) -> list[bool]:
+    """Success of each finished episode of a task in a buffer folder; reads the whole log."""
+    successful: dict[tuple[str, int], bool] = {}
+    found: list[bool] = []
+    reader = LogReader(path)
+    try:
+        for record in reader.poll():
+            if record.schema == 0:
+                continue
+            try:
+                header, _ = decode_header(record.payload)
+            except CorruptDataError:
+                continue
+            key = header.stream, header.episode
+            successful[key] = successful.get(key, False) or header.flag("success")
+            if header.final and header.task == task:
+                found.append(successful.pop(key))
+    finally:
+        reader.close()
+    return found
+
+
+def make_task(config: RecordConfig, name: str, spec: DeviceSpec, operator: Operator | None) -> Task:
+    """The task on the device of this name and spec; ConfigError if that does not fit it."""
+    if config.robot_task is not None:
+        return make_robot_task(config.robot_task, spec, operator)
+    found, task = family.find(config.task_name)
+    wanted = found.make_driver(task, config.sim).spec
+    check_spec(spec, wanted, name)
+    if missing := sorted(set(wanted.signals) - set(spec.signals)):
+        raise ConfigError(
+            f"task '{config.task_name}' is judged by {', '.join(missing)}, which only its "
+            "simulator knows; use robot_task with a judge of its own"
+        )
+    # Families whose tasks may need a person take an operator.
+    takes_operator = "operator" in inspect.signature(found.make_task).parameters
+    options: dict[str, Any] = {"operator": operator} if takes_operator else {}
+    return found.make_task(task, config.sim, **options)
+
+
+class RecordSession:
+    """Records episodes until there are enough or the person stops.
+
+    A lost device leaves its episode open and is waited for. on_result: called with each finished
+    episode once it is durable. show: called after every tick and while waiting.
+    """
+
+    def __init__(
+        self,
+        config: RecordConfig,
+        sink: StepSink,
+        robot: LeasedRobot,
+        session: Session,
+        *,
+        on_result: Callable[[Result], None],
+        show: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._sink = sink
+        self._robot = robot
+        self._session = session
+        self._on_result = on_result
+        self._show = show
+        self._recorders: dict[str, Recorder] = {}
+        self._rollout: Rollout | None = None
+        there = finished(Path(config.output), config.task_name)
+        self.done = sum(there) if config.count == "successful" else len(there)
+        self.steps = 0
+        """Steps of the running episode."""
+        self.rejected = self.rerecorded = self.losses = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether there are as many episodes as wanted."""
+        return self.done >= self._config.episodes
+
+    @property
+    def state(self) -> str:
+        """What goes on, in a few words."""
+        if self._rollout is None:
+            return f"waiting for {self._robot.id}: {self._robot.waiting_for}"
+        if self._rollout.idle:
+            return "getting ready"
+        return self._session.state
+
+    def run(self, device: RemoteDevice) -> None:
+        """Return when there are enough episodes or the person stops; device: as leased."""
+        held: RemoteDevice | None = device
+        while not self.complete:
+            try:
+                if held is not None:
+                    self._record(held)
+                    return
+                self._obey()
+            except (LeaseError, DeviceLostError) as error:
+                self._lose(str(error))
+            except PersonStopped as stopped:
+                if stopped.event == "stop":
+                    return
+                self._robot.halt()
+                self._lose(str(stopped))
+            self._show()
+            time.sleep(_PAUSE_S)
+            held = self._robot.poll()
+
+    def _record(self, device: RemoteDevice) -> None:
+        """Episode after episode on one lease."""
+        session = self._session
+        session.meanwhile = lambda: self._keep_up(device)
+        operator = session if session.can_ask else None
+        stream = f"{self._config.task_name}.{self._robot.id}"
+        recorder = self._recorders.setdefault(stream, Recorder(self._sink, stream))
+
+        def next_start(row: int) -> Start:
+            session.begin(device.spec)
+            self.steps = 0
+            self._show()
+            number = self._sink.next_episode(stream)
+            return Start(family.training_seed(self._config.seed, stream, number))
+
+        def on_step(row: int, step: Step) -> None:
+            recorder.add(step)
+            self.steps = step.index + 1
+
+        rollout = self._rollout = Rollout(
+            DeviceGroup([device]),
+            make_task(self._config, self._robot.id, device.spec, operator),
+            next_start=next_start,
+            teleoperators=[session],
+            on_step=on_step,
+        )
+        rejected = self.rejected
+        while not self.complete:
+            self._obey(rollout)
+            for result in rollout.tick():
+                self._sink.flush()
+                self.done += result.success or self._config.count == "finished"
+                self._on_result(result)
+            self.rejected = rejected + rollout.rejected
+            self._show()
+
+    def _keep_up(self, device: RemoteDevice) -> None:
+        """While a person is waited for: notice that the device is lost."""
+        device.refresh()
+        self._show()
+
+    def _obey(self, rollout: Rollout | None = None) -> None:
+        """Do what the person signalled. Raises PersonStopped."""
+        for event in self._session.controls():
+            if event in ("stop", "estop"):
+                raise PersonStopped(event)
+            if event == "rerecord" and rollout is not None and not rollout.idle:
+                rollout.abandon(0)
+                self.rerecorded += 1
+
+    def _lose(self, why: str) -> None:
+        if self._rollout is not None:
+            self.losses += 1
+        self._rollout = None
+        self._robot.release()
+        self._robot.waiting_for = why

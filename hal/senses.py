@@ -1,0 +1,55 @@
+"""What a device observes in a tick: its driver's reading and the cameras' newest pictures."""
+
+from embodied.core.clock import Clock
+from embodied.core.frames import Frame, Observation
+from embodied.core.protocols import Driver, SimulatedDriver
+from embodied.core.specs import DeviceSpec
+from hal.cameras import Cameras
+
+
+class Senses:
+    """Reads a driver; a few failed reads in a row are bridged by the last observation.
+
+    failed: reads that have failed in a row.
+    """
+
+    def __init__(
+        self, driver: Driver, cameras: Cameras, spec: DeviceSpec, clock: Clock, lost_after: int
+    ) -> None:
+        self._driver = driver
+        self._cameras = cameras
+        self._spec = spec
+        self._clock = clock
+        self._lost_after = lost_after
+        self._last: Observation = {}
+        self._last_ns = 0
+        self.failed = 0
+
+    def begin(self) -> Observation:
+        """The first reading; whatever it raises is passed on."""
+        self.failed = 0
+        self._last, self._last_ns = self._driver.sense(), self._clock.now_ns()
+        return self._last
+
+    def read(self) -> Observation:
+        """A new reading, or the last one, whose age its time tells. Raises what the driver raised
+        when that has happened too often."""
+        try:
+            self._last, self._last_ns = self._driver.sense(), self._clock.now_ns()
+        except Exception:
+            self.failed += 1
+            if self.failed >= self._lost_after:
+                raise
+        else:
+            self.failed = 0
+        return self._last
+
+    def frame(self, tick: int, observation: Observation) -> Frame:
+        """An open frame. Raises SpecError if it is not as declared."""
+        times_ns = dict.fromkeys(observation, self._last_ns)
+        pictures, taken_ns = self._cameras.latest()
+        observation = {**observation, **pictures}
+        self._spec.check(observation)
+        driver = self._driver
+        signals = driver.signals() if isinstance(driver, SimulatedDriver) else {}
+        return Frame(tick, observation, {**times_ns, **taken_ns}, signals=signals)

@@ -1,0 +1,157 @@
+"""The watchdog process: starts a robot's servo process, and stops the robot when that stalls.
+
+It is the deadman of systems that have none in hardware: if no servo step is heard of for stall_s,
+it kills the servo process, opens the bus itself, writes the measured position as the goal,
+latches the halt and starts the servo process anew. A servo process that died is replaced
+likewise, without the latch: the robot waits for a new lease.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+
+from embodied.core.processes import die_with_parent, run_normally, run_urgently
+from embodied.core.protocols import SimulatedDriver
+from hal.latch import HOST_STOP, latch_file, set_latch
+from hal.robot import ServoConfig, make_driver
+from hal.servo import STEP
+
+_POLL_S = 0.02
+_PULSE_S = 0.1
+_START_S = 120.0
+_RECOVER_S = 60.0
+_BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0)
+_GENTLE_S = 10.0
+_LONGEST_POLL_S = 0.05
+
+
+class Watchdog:
+    """Watches one servo process."""
+
+    def __init__(self, config_file: Path) -> None:
+        self._file = config_file
+        self._config = msgspec.json.decode(config_file.read_bytes(), type=ServoConfig)
+        self._driver = make_driver(self._config.robot)
+        self.stopping = False
+
+    def run(self) -> None:
+        """Start, watch, recover, start again; until asked to stop."""
+        failures = 0
+        while not self.stopping:
+            link, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with link, other:
+                command = [sys.executable, "-m", "hal.servo", str(self._file), str(other.fileno())]
+                process = subprocess.Popen(command, pass_fds=[other.fileno()])
+                other.close()
+                started_s = time.monotonic()
+                run_urgently()
+                try:
+                    why = self._watch(process, link)
+                finally:
+                    run_normally()
+                    self._end(process)
+            if self.stopping:
+                return
+            self._say(why)
+            if why.startswith("stalled"):
+                set_latch(latch_file(Path(self._config.latches), self._config.id), why)
+            self._recover()
+            failures = 0 if time.monotonic() - started_s > 60.0 else failures + 1
+            time.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
+
+    def _watch(self, process: subprocess.Popen[bytes], link: socket.socket) -> str:
+        """Return why the servo process is no good any more; "" when asked to stop.
+
+        Only time in which this process itself was running counts as silence.
+        """
+        silent_s, allowed_s, pulsed_s, last_s = 0.0, _START_S, 0.0, time.monotonic()
+        while not self.stopping:
+            link.settimeout(_POLL_S)
+            try:
+                heard = link.recv(16)
+                if not heard:
+                    status = process.wait(timeout=_GENTLE_S)
+                    return f"servo process ended with status {status}"
+                silent_s = 0.0
+                allowed_s = self._config.robot.stall_s if heard == STEP else _START_S
+            except TimeoutError:
+                now_s = time.monotonic()
+                silent_s += min(now_s - last_s, _LONGEST_POLL_S)
+            except ConnectionResetError:
+                return "servo process ended"
+            last_s = time.monotonic()
+            if silent_s > allowed_s:
+                return f"stalled: no servo step for {silent_s:.2f} s"
+            if last_s - pulsed_s > _PULSE_S:
+                pulsed_s = last_s
+                with contextlib.suppress(BrokenPipeError, TimeoutError):
+                    link.send(b"w")
+                self._look_at_inputs()
+        return ""
+
+    def _look_at_inputs(self) -> None:
+        for name in self._config.robot.estop_inputs:
+            with contextlib.suppress(OSError):
+                if Path(name).read_text().strip() == "1":
+                    stop_file = latch_file(Path(self._config.latches), HOST_STOP)
+                    set_latch(stop_file, f"emergency stop input {name}")
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        if process.poll() is None and self.stopping:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=_GENTLE_S)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+    def _recover(self) -> None:
+        """Open the bus and make the measured position the goal; a dead bus must not block us."""
+        if isinstance(self._driver, SimulatedDriver):
+            return
+        thread = threading.Thread(target=self._hold, name="recover", daemon=True)
+        thread.start()
+        thread.join(timeout=_RECOVER_S)
+
+    def _hold(self) -> None:
+        started_s = time.monotonic()
+        try:
+            self._driver.open()
+            self._driver.hold()
+        except Exception as error:  # noqa: BLE001 - whatever a third party's driver raises
+            self._say(f"cannot hold: {type(error).__name__}: {error}")
+        else:
+            self._say(f"held {1e3 * (time.monotonic() - started_s):.0f} ms after the kill")
+        finally:
+            self._driver.close()
+
+    def _say(self, text: str) -> None:
+        sys.stderr.write(f"watchdog of {self._config.id}: {text}\n")
+        sys.stderr.flush()
+
+
+def main() -> int:
+    """Entry: file of the ServoConfig."""
+    die_with_parent()
+    watchdog = Watchdog(Path(sys.argv[1]))
+
+    def stop(signum: int, frame: object) -> None:
+        watchdog.stopping = True
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    watchdog.run()
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    raise SystemExit(main())

@@ -1,0 +1,224 @@
+"""Demonstrations and teleoperation on an agent's simulated robot, as a person would call them."""
+
+import os
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from simhost import EMBODIED, SimulatedHost
+from terminal import Terminal
+
+from embodied.buffer.replay import ReplayReader
+from embodied.cli.main import main
+from embodied.run.record_session import finished
+from hal.remote import RemoteDevice
+from sim.so101.virtual import VirtualArm
+
+TASK = "so101/reach"
+BY_SCRIPT = ("record", "device=sim", f"task={TASK}", "teleoperator=scripted")
+
+
+@pytest.fixture(scope="module")
+def host():
+    folder = Path(tempfile.mkdtemp(prefix="er-"))
+    robot = "robots.sim"
+    running = SimulatedHost(
+        folder, f"{robot}.driver.task={TASK}", f"{robot}.safety.start_tolerance=0.02"
+    )
+    yield running
+    running.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def by_hand(host):
+    """A command on a terminal."""
+    started = []
+
+    def start(*arguments):
+        host.wait("ready")
+        started.append(Terminal([*EMBODIED, *arguments], env=host.env))
+        return started[-1]
+
+    yield start
+    for terminal in started:
+        terminal.close()
+    for latch in (Path(host.env["EMBODIED_STATE"]) / "latches").glob("*.halt"):
+        latch.unlink()
+
+
+def episodes(path):
+    reader = ReplayReader(path)
+    reader.refresh()
+    return reader
+
+
+def held(reader, episode):
+    return int(reader.columns["held"][episode.rows].sum())
+
+
+def test_a_script_demonstrates_and_a_killed_recorder_loses_no_finished_episode(host, tmp_path):
+    first = host.start(*BY_SCRIPT, "episodes=50", f"output={tmp_path}")
+    line = first.stdout.readline()
+    assert ": success" in line, line
+    time.sleep(0.3)
+    first.kill()
+    first.communicate()
+    before = episodes(tmp_path)
+    assert 1 <= before.num_closed < before.num_episodes <= 3
+    wanted = before.num_closed + 1
+    options = (f"episodes={wanted}", "count=successful")
+    said = host.run(*BY_SCRIPT, *options, f"output={tmp_path}")
+    assert said.count(": success") == 1 and f"{wanted} of {wanted} successful" in said, said
+    after = episodes(tmp_path)
+    closed = after.closed_episodes()
+    assert len(closed) == wanted and not after.damaged
+    assert [e.seed for e in closed[:-1]] == [e.seed for e in before.closed_episodes()]
+    assert len({e.seed for e in closed}) == wanted and finished(tmp_path, TASK) == [True] * wanted
+    assert finished(tmp_path, "other") == []
+    for episode in closed:
+        assert (episode.stream, episode.task) == (f"{TASK}.sim", TASK) and episode.success
+        assert len(episode.rows) - episode.interventions == held(after, episode)
+        assert held(after, episode) < len(episode.rows) / 2
+        state = after.columns["observation.state"][episode.rows]
+        action = after.columns["action"][episode.rows]
+        driven = ~after.columns["held"][episode.rows]
+        assert np.abs(action - state)[driven].max() < 0.3, "actions are what was executed"
+    assert host.robot.holder == "", "the lease is given back"
+
+
+def test_a_robot_lost_in_the_middle_is_waited_for(host, tmp_path):
+    host.wait("ready")
+    lost = host.servo_pid()
+    recording = host.start(*BY_SCRIPT, "episodes=2", f"output={tmp_path}")
+    line = recording.stdout.readline()
+    assert ": success" in line, line + recording.stdout.read()
+    time.sleep(0.3)
+    os.kill(lost, signal.SIGKILL)
+    said, _ = recording.communicate(timeout=60)
+    assert recording.returncode == 0 and "2 of 2" in said, said
+    reader = episodes(tmp_path)
+    assert reader.num_closed == 2 and host.servo_pid() != lost
+    assert reader.num_episodes == 3, "the episode in which it was lost stays open"
+
+
+def test_a_person_records_anew_judges_and_stops(host, by_hand, tmp_path):
+    terminal = by_hand(
+        "record",
+        "device=sim",
+        "robot_task=pick_place",
+        "robot_task.reset={name: person, text: Ready?}",
+        "episodes=5",
+        f"output={tmp_path}",
+    )
+    terminal.wait("Ready?")
+    terminal.keys("\n")
+    terminal.hold("q", 0.4)
+    terminal.keys("u")
+    terminal.until(lambda: terminal.output.count("Ready?") == 2, "second try")
+    terminal.keys("\n")
+    terminal.hold("q", 0.4)
+    terminal.keys("\n")
+    terminal.until(lambda: terminal.output.count("Ready?") == 3, "second episode")
+    terminal.keys("\n")
+    terminal.hold("a", 0.4)
+    terminal.keys("x")
+    terminal.until(lambda: terminal.output.count("Ready?") == 4, "third episode")
+    terminal.keys("\x1b")
+    assert terminal.end() == 0 and terminal.restored
+    assert "2 of 5 finished episodes of pick-place" in terminal.output
+    reader = episodes(tmp_path)
+    assert [(e.closed, e.success) for e in reader.episodes] == [
+        (False, False),
+        (True, True),
+        (True, False),
+    ]
+    up, down = (reader.columns["observation.state"][e.rows][:, 0] for e in reader.closed_episodes())
+    assert up[-1] > up[0] + 0.1 and down[-1] < down[0] - 0.1
+    assert all(e.interventions > 5 for e in reader.episodes)
+
+
+def test_space_halts_the_robot_until_a_person_clears_it(host, by_hand, monkeypatch):
+    terminal = by_hand("teleop", "device=sim")
+    terminal.wait("is leased")
+    terminal.hold("w", 0.3)
+    terminal.keys(" ")
+    terminal.wait("`embodied estop --clear sim`")
+    terminal.until(lambda: host.robot.health == "halted", "halt in the pool")
+    assert not host.robot.holder
+    monkeypatch.setenv("EMBODIED_STATE", host.env["EMBODIED_STATE"])
+    assert main(["estop", "--clear", "sim"]) == 0
+    terminal.wait("let go")
+    terminal.until(lambda: host.robot.holder.startswith("teleop by"), "new lease")
+    terminal.keys("\x1b")
+    assert terminal.end() == 0 and terminal.restored
+
+
+def test_keys_move_the_robot_and_nothing_else_does(host, by_hand):
+    terminal = by_hand("teleop", "device=sim")
+    terminal.wait("is leased")
+    assert not terminal.cooked and host.robot.holder.startswith("teleop by")
+    with RemoteDevice(host.robot.address) as robot:
+        start = robot.latest().observation["observation.state"].copy()
+        terminal.hold("q", 0.8)
+        time.sleep(0.6)
+        robot.advance(robot.tick + 60)
+        end = robot.latest().observation["observation.state"]
+    moved = end - start
+    assert moved[0] > 0.3 and np.abs(moved[1:]).max() < 0.05
+    terminal.keys("\x03")
+    assert terminal.end() == 130 and terminal.restored
+    assert host.robot.holder == "", "Ctrl-C gives robot and terminal back"
+
+
+def test_a_leader_arm_far_away_is_met_smoothly(host, by_hand, tmp_path):
+    pose = np.array([0.5, -0.5, 0.4, 0.3, 0.4, 0.6])
+    with VirtualArm(tmp_path, seed=4, leader=True) as leader:
+        leader.write_calibration(tmp_path / "leader.json")
+        leader.lead(pose)
+        options = (f"port={leader.port}", f"calibration={tmp_path}/leader.json", "answer_ms=20.0")
+        terminal = by_hand(
+            "teleop",
+            "device=sim",
+            "align_speed=0.8",
+            "teleoperator=so101_leader",
+            *(f"++teleoperator.{option}" for option in options),
+        )
+        terminal.wait("is leased")
+        with RemoteDevice(host.robot.address) as robot:
+            first = robot.tick
+            robot.advance(first + 130)
+            frames = robot.frames(first)
+        terminal.keys("\x1b")
+        assert terminal.end() == 0 and "rejected: start" not in terminal.output
+    at = np.array([frame.observation["observation.state"] for frame in frames])
+    assert np.abs(at[0] - pose).max() > 0.5 and at[-1] == pytest.approx(pose, abs=0.05)
+    assert np.abs(np.diff(at, axis=0)).max() * 50 < 2.5
+    assert sum(frame.held for frame in frames[60:-1]) < 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["record", "device=sim", f"task={TASK}"], "not a terminal"),
+        (["record", "device=sim"], "name one task"),
+        (["record", "device=sim", "task=x", "robot_task=pick_place"], "name one task"),
+        (["record", f"task={TASK}"], "device"),
+        (["record", "device=2 arm", f"task={TASK}"], "ask for one device"),
+        ([*BY_SCRIPT, "wait_s=0"], "no devices for 'sim'"),
+        ([*BY_SCRIPT, "episodes=0"], "at least 1"),
+        ([*BY_SCRIPT, "count=all"], "count"),
+        (["teleop", "device=sim", "teleoperator=joystick"], "Known: gamepad"),
+        (["teleop", "device=sim", "teleoperator=gamepad"], "there is none"),
+        (["teleop", "device=sim", "align_speed=0", "teleoperator=gamepad"], "align_speed"),
+    ],
+)
+def test_wrong_input_ends_in_one_paragraph(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert words in message and "Traceback" not in message
