@@ -104,8 +104,8 @@ class DirectExecution:
     def close(self, frame: Frame) -> Frame:
         """With the action that was driven."""
         if self._command is None:
-            return replace(frame, held=True)
-        return replace(frame, action=self._command.action_D, seq=self._command.seq)
+            return _closed(frame, None, -1)
+        return _closed(frame, self._command.action_D, self._command.seq)
 
     def violation(self, observation: Observation) -> str:
         """Its motion is not known."""
@@ -168,8 +168,8 @@ class MotionExecution:
     def close(self, frame: Frame) -> Frame:
         """With the set point at the tick's end."""
         if self._seq is None:
-            return replace(frame, held=True)
-        return replace(frame, action=self._planned_D.astype(self._dtype), seq=self._seq)
+            return _closed(frame, None, -1)
+        return _closed(frame, self._planned_D.astype(self._dtype), self._seq)
 
     def violation(self, observation: Observation) -> str:
         """Compare measured with commanded motion and limits."""
@@ -199,3 +199,8 @@ def make_execution(
     if spec.motion is None:
         return DirectExecution(driver, limits)
     return MotionExecution(driver, spec, violations, envelope, workspace)
+
+
+def _closed(frame: Frame, action: np.ndarray | None, seq: int) -> Frame:
+    held = action is None
+    return Frame(frame.tick, frame.observation, frame.t_ns, action, held, frame.signals, seq)

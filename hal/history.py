@@ -2,7 +2,7 @@
 
 from collections import deque
 
-from embodied.core.errors import EmbodiedError
+from embodied.core.errors import DeviceLostError
 from embodied.core.frames import Frame
 
 
@@ -21,9 +21,9 @@ class History:
         self._closed.append(frame)
 
     def since(self, tick: int, newest: Frame) -> list[Frame]:
-        """Frames from a tick on, with the open one. Raises EmbodiedError if some are gone."""
+        """Frames from a tick on, with the open one. Raises DeviceLostError if some are gone."""
         if tick <= self._evicted_tick:
-            raise EmbodiedError(
+            raise DeviceLostError(
                 f"{self._name}: frames up to tick {self._evicted_tick} are gone "
                 f"(asked for {tick}); read more often or raise frame_capacity"
             )

@@ -24,7 +24,7 @@ class Latch:
     """Latched halts of one device: its own file, and the host's emergency stop.
 
     Any process can set either, without asking the one that drives the robot, which looks for
-    both files at every servo step. path None: a latch in memory, for simulators.
+    both files at every tick. path None: a latch in memory, for simulators.
     """
 
     def __init__(self, folder: Path | None, device_id: str) -> None:

@@ -58,7 +58,8 @@ class Limits:
             reason = f"valid only to tick {chunk.valid_until_tick}"
             rejections.append(Rejection(last, end, "expired", reason))
         rows = chunk.actions_HD[first - chunk.start_tick : max(first, last) - chunk.start_tick]
-        inside = np.clip(rows, envelope.low, envelope.high).astype(self._spec.dtype)
+        inside = np.minimum(np.maximum(rows, envelope.low), envelope.high)
+        inside = inside.astype(self._spec.dtype)
         count = int((inside != rows).sum())
         inside[np.abs(inside) < _TINY] = 0.0
         if self._workspace is not None:
@@ -94,7 +95,7 @@ class Limits:
         if actions.ndim != 2 or actions.shape[1:] != self._spec.shape or not len(actions):
             size = self._spec.shape[0]
             return "shape", f"actions have shape {actions.shape}; [H, {size}] is accepted"
-        if not np.issubdtype(actions.dtype, np.floating):
+        if actions.dtype.kind != "f":
             return "dtype", f"actions have dtype {actions.dtype}; floating point is accepted"
         if not np.isfinite(actions).all():
             return "nonfinite", "actions hold NaN or infinity"

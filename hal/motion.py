@@ -1,9 +1,11 @@
 """Jerk-limited set points between the targets of successive ticks, always able to stop in time.
 
-D: joints. Each tick's trajectory is solved by ruckig (Berscheid and Kröger, RSS 2021) relative
-to a frame that moves with the target, so that a steadily moving target is met, not chased. It is
-taken only if a full stop from its end stays inside the limits; otherwise the stop that was proven
-in the tick before is executed. By induction there is always a stop inside the limits.
+Each tick's trajectory is solved by ruckig (Berscheid and Kröger, RSS 2021) relative to a frame
+that moves with the target, so that a steadily moving target is met, not chased. It is taken only
+if a full stop from its end stays inside the limits; otherwise the stop that was proven in the tick
+before is executed. By induction there is always a stop inside the limits.
+
+Joints are few and come one tick at a time: plain lists are several times faster here than arrays.
 """
 
 from collections import deque
@@ -18,68 +20,82 @@ from embodied.core.specs import DeviceSpec
 from hal.safety import Envelope, Workspace
 
 _ruckig: Any = ruckig
-_State = tuple[np.ndarray, np.ndarray, np.ndarray]
-
 _SOLVED = (_ruckig.Result.Working, _ruckig.Result.Finished)
 _TARGET_SPEED = 0.8
 _WINDOW = 2
 _SLACK = 1e-6
 
+_State = tuple[list[float], list[float], list[float]]
+"""Position, velocity and acceleration of every joint."""
+
+
+def _slope_weights(n: int) -> list[float]:
+    """Weights of n equally spaced points for the slope of their regression line."""
+    offsets = [k - (n - 1) / 2 for k in range(n)]
+    return [offset / max(1e-9, sum(o * o for o in offsets)) for offset in offsets]
+
+
+_SLOPES = {n: _slope_weights(n) for n in range(1, 2 * _WINDOW + 2)}
+
 
 class Motion:
-    """Commanded position, velocity and acceleration [D] of one device, stepped at servo_hz."""
+    """Commanded motion of one device's joints, stepped at servo_hz."""
 
     def __init__(self, spec: DeviceSpec, envelope: Envelope, workspace: Workspace | None) -> None:
         assert spec.motion is not None
-        self._dofs = spec.action.size
+        dofs = spec.action.size
         self.steps = round(spec.motion.servo_hz / spec.tick_hz)
         self._tick_s = 1.0 / spec.tick_hz
         self._step_s = 1.0 / spec.motion.servo_hz
         self._workspace = workspace
-        self._solver = _ruckig.Ruckig(self._dofs)
-        self._path = _ruckig.Trajectory(self._dofs)
-        self._stop = _ruckig.Trajectory(self._dofs)
-        self._proof = _ruckig.Trajectory(self._dofs)
-        self._follow_input = _ruckig.InputParameter(self._dofs)
+        self._solver = _ruckig.Ruckig(dofs)
+        self._path = _ruckig.Trajectory(dofs)
+        self._stop = _ruckig.Trajectory(dofs)
+        self._proof = _ruckig.Trajectory(dofs)
+        self._follow_input = _ruckig.InputParameter(dofs)
         self._follow_input.synchronization = _ruckig.Synchronization.No
-        self._follow_input.target_position = [0.0] * self._dofs
-        self._stop_input = _ruckig.InputParameter(self._dofs)
+        self._follow_input.target_position = [0.0] * dofs
+        self._stop_input = _ruckig.InputParameter(dofs)
         self._stop_input.control_interface = _ruckig.ControlInterface.Velocity
         self._stop_input.synchronization = _ruckig.Synchronization.No
-        self._past: deque[np.ndarray] = deque(maxlen=_WINDOW)
-        self.limit(envelope)
-        self.position_D = np.zeros(self._dofs)
-        self.velocity_D = np.zeros(self._dofs)
-        self.acceleration_D = np.zeros(self._dofs)
-        self._plan: list[_State] = []
+        self._past: deque[list[float]] = deque(maxlen=_WINDOW)
+        self._zeros = [0.0] * dofs
+        self._state: _State = (self._zeros, self._zeros, self._zeros)
+        self._plan: deque[_State] = deque()
         self.guarded = ""
+        self.limit(envelope)
 
     def limit(self, envelope: Envelope) -> None:
         """Use these limits from the next tick on."""
-        self._low, self._high = envelope.low, envelope.high
-        self._velocity = envelope["velocity"]
+        self._low: list[float] = envelope.low.tolist()
+        self._high: list[float] = envelope.high.tolist()
+        self._velocity: list[float] = envelope["velocity"].tolist()
         for given in (self._follow_input, self._stop_input):
             given.max_acceleration = envelope["acceleration"].tolist()
             given.max_jerk = envelope["jerk"].tolist()
-        self._stop_input.max_velocity = self._velocity.tolist()
-        longest = self._velocity / envelope["acceleration"]
+        self._stop_input.max_velocity = self._velocity
+        longest = envelope["velocity"] / envelope["acceleration"]
         longest = longest + 2 * envelope["acceleration"] / envelope["jerk"]
         self.stopping_s = float(longest.max())
         """Longest time from any state to standstill."""
 
-    def start(self, position_D: np.ndarray) -> None:
-        """Stand still at a position; where it is beyond a limit, it may only move inwards."""
-        self.position_D = position_D.astype(np.float64)
-        self.velocity_D = np.zeros(self._dofs)
-        self.acceleration_D = np.zeros(self._dofs)
-        self._past.clear()
-        self._plan = []
-        self._prove_stop()
+    @property
+    def position_D(self) -> np.ndarray:
+        """Commanded position [D]."""
+        return np.array(self._state[0])
 
     @property
     def still(self) -> bool:
         """Whether the commanded position does not move."""
-        return not self.velocity_D.any() and not self.acceleration_D.any()
+        _, velocity, acceleration = self._state
+        return not any(velocity) and not any(acceleration)
+
+    def start(self, position_D: np.ndarray) -> None:
+        """Stand still at a position; where it is beyond a limit, it may only move inwards."""
+        self._state = (position_D.astype(np.float64).tolist(), self._zeros, self._zeros)
+        self._past.clear()
+        self._plan.clear()
+        self._solve_stop(self._state, self._stop)
 
     def follow(self, target_D: np.ndarray, coming: Sequence[np.ndarray] = ()) -> np.ndarray:
         """Plan one tick towards its target, given the next ones if known; the end point [D].
@@ -87,102 +103,104 @@ class Motion:
         guarded is set to the reason if the proven stop is taken instead.
         """
         self.guarded = ""
-        target_D = np.clip(target_D.astype(np.float64), self._low, self._high)
-        speed_D = self._target_velocity(target_D, coming[:_WINDOW])
-        self._past.append(target_D)
-        origin_D = target_D - speed_D * self._tick_s
+        target = self._inside(target_D)
+        speed = self._target_speed(target, [c.tolist() for c in coming[:_WINDOW]])
+        self._past.append(target)
+        origin = [g - v * self._tick_s for g, v in zip(target, speed, strict=True)]
+        position, velocity, acceleration = self._state
         given = self._follow_input
-        given.current_position = (self.position_D - origin_D).tolist()
-        given.current_velocity = (self.velocity_D - speed_D).tolist()
-        given.current_acceleration = self.acceleration_D.tolist()
-        given.max_velocity = (self._velocity - speed_D).tolist()
-        given.min_velocity = (-self._velocity - speed_D).tolist()
+        given.current_position = [p - o for p, o in zip(position, origin, strict=True)]
+        given.current_velocity = [w - v for w, v in zip(velocity, speed, strict=True)]
+        given.current_acceleration = acceleration
+        given.max_velocity = [m - v for m, v in zip(self._velocity, speed, strict=True)]
+        given.min_velocity = [-m - v for m, v in zip(self._velocity, speed, strict=True)]
         if self._solver.calculate(given, self._path) not in _SOLVED:
             self.guarded = "no trajectory"
             return self._take_stop()
         plan: list[_State] = []
         for k in range(1, self.steps + 1):
             t_s = k * self._step_s
-            position, velocity, acceleration = _arrays(self._path.at_time(t_s))
-            plan.append((origin_D + speed_D * t_s + position, velocity + speed_D, acceleration))
+            relative = self._path.at_time(t_s)
+            plan.append(
+                (
+                    [o + v * t_s + p for o, v, p in zip(origin, speed, relative[0], strict=True)],
+                    [v + w for v, w in zip(speed, relative[1], strict=True)],
+                    relative[2],
+                )
+            )
         self.guarded = self._fault(plan)
         if self.guarded:
             return self._take_stop()
-        self._plan = plan
-        return plan[-1][0]
+        self._plan = deque(plan)
+        return np.array(plan[-1][0])
 
     def brake(self) -> np.ndarray:
         """Plan one tick of the fastest stop; the end point [D]."""
         self.guarded = ""
         return self._take_stop()
 
-    def _take_stop(self) -> np.ndarray:
-        self._past.clear()
-        self._plan = [
-            _arrays(self._stop.at_time(k * self._step_s)) for k in range(1, self.steps + 1)
-        ]
-        return self._plan[-1][0]
-
     def step(self) -> np.ndarray:
         """The next set point [D]; without a plan the present one."""
         if self._plan:
-            self.position_D, self.velocity_D, self.acceleration_D = self._plan.pop(0)
+            self._state = self._plan.popleft()
             if not self._plan:
-                self._prove_stop()
-        return self.position_D
+                self._stop, self._proof = self._proof, self._stop
+        return np.array(self._state[0])
 
-    def _target_velocity(self, target_D: np.ndarray, coming: Sequence[np.ndarray]) -> np.ndarray:
+    def _inside(self, target_D: np.ndarray) -> list[float]:
+        limits = zip(target_D.tolist(), self._low, self._high, strict=True)
+        return [min(max(target, low), high) for target, low, high in limits]
+
+    def _take_stop(self) -> np.ndarray:
+        self._past.clear()
+        self._plan = deque(self._stop.at_time(k * self._step_s) for k in range(1, self.steps + 1))
+        self._solve_stop(self._plan[-1], self._proof)
+        return np.array(self._plan[-1][0])
+
+    def _target_speed(self, target: list[float], coming: list[list[float]]) -> list[float]:
         """Slope of a line through the targets around this tick, kept below the limit."""
-        points = [*self._past, target_D, *coming]
-        if len(points) == 1:
-            return np.zeros(self._dofs)
-        offsets = np.arange(len(points)) - len(self._past)
-        weights = offsets - offsets.mean()
-        slope = weights @ np.asarray(points) / (weights @ weights) / self._tick_s
-        most = _TARGET_SPEED * self._velocity
-        return np.clip(slope, -most, most)
+        points = [*self._past, target, *coming]
+        weights = _SLOPES[len(points)]
+        speed: list[float] = []
+        for most, *values in zip(self._velocity, *points, strict=True):
+            slope = sum(w * x for w, x in zip(weights, values, strict=True)) / self._tick_s
+            most *= _TARGET_SPEED
+            speed.append(min(max(slope, -most), most))
+        return speed
 
     def _fault(self, plan: list[_State]) -> str:
-        points = [point for point, _, _ in plan]
-        self._solve_stop(*plan[-1], self._proof)
-        ends = np.array([(e.min, e.max) for e in self._proof.position_extrema])
-        low = np.minimum(self._low, self.position_D) - _SLACK
-        high = np.maximum(self._high, self.position_D) + _SLACK
-        reached = np.asarray(points)
-        if (reached < low).any() or (reached > high).any():
-            return "position limit"
-        if (ends[:, 0] < low).any() or (ends[:, 1] > high).any():
-            return "position limit"
+        """Why the plan and a stop at its end are not allowed; proves that stop."""
+        self._solve_stop(plan[-1], self._proof)
+        joints = zip(
+            self._state[0],
+            self._low,
+            self._high,
+            self._proof.position_extrema,
+            *(point for point, _, _ in plan),
+            strict=True,
+        )
+        for at, low, high, extrema, *points in joints:
+            lowest, highest = min(extrema.min, *points), max(extrema.max, *points)
+            if lowest < min(low, at) - _SLACK or highest > max(high, at) + _SLACK:
+                return "position limit"
         if self._workspace is None:
             return ""
-        stop_steps = int(np.ceil(self._proof.duration / self._step_s))
-        for k in range(1, stop_steps + 1):
-            points.append(np.array(self._proof.at_time(k * self._step_s)[0]))
+        points = [point for point, _, _ in plan]
+        for k in range(1, int(np.ceil(self._proof.duration / self._step_s)) + 1):
+            points.append(self._proof.at_time(k * self._step_s)[0])
         for point in points:
-            if fault := self._workspace.fault(point):
+            if fault := self._workspace.fault(np.array(point)):
                 return fault
         return ""
 
-    def _prove_stop(self) -> None:
-        self._solve_stop(self.position_D, self.velocity_D, self.acceleration_D, self._stop)
-
-    def _solve_stop(
-        self, position: np.ndarray, velocity: np.ndarray, acceleration: np.ndarray, to: Any
-    ) -> None:
+    def _solve_stop(self, state: _State, to: Any) -> None:
         given = self._stop_input
-        given.current_position = position.tolist()
-        given.current_velocity = velocity.tolist()
-        given.current_acceleration = acceleration.tolist()
-        given.target_velocity = [0.0] * self._dofs
-        given.target_acceleration = [0.0] * self._dofs
+        given.current_position, given.current_velocity, given.current_acceleration = state
+        given.target_velocity = self._zeros
+        given.target_acceleration = self._zeros
         result = self._solver.calculate(given, to)
         if result not in _SOLVED:
-            raise EmbodiedError(f"no stop from velocity {velocity}: {result}")
-
-
-def _arrays(state: tuple[list[float], list[float], list[float]]) -> _State:
-    position, velocity, acceleration = map(np.array, state)
-    return position, velocity, acceleration
+            raise EmbodiedError(f"no stop from velocity {state[1]}: {result}")
 
 
 def check_envelope(envelope: Envelope, position_D: np.ndarray, where: str) -> None:

@@ -12,6 +12,8 @@ from hal.device import Device
 from hal.health import DeviceInfo
 from hal.safety import SafetyConfig
 
+_LEAST_FRAMES, _MOST_FRAMES, _FRAME_BYTES = 64, 4096, 256 << 20
+
 
 class RobotConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One robot of a host.
@@ -83,12 +85,14 @@ def make_device(config: ServoConfig) -> Device:
     for name, camera in config.robot.cameras.items():
         cls, options = component("cameras", camera, f"cameras.{name}")
         cameras[name] = cls(options)
+    driver = make_driver(config.robot)
+    pictures = sum(camera.spec.size for camera in cameras.values())
     return Device(
-        make_driver(config.robot),
+        driver,
         info=DeviceInfo(config.id, config.robot.kind, config.host),
         clock=RealClock(),
         safety=config.robot.safety,
         latches=Path(config.latches),
         cameras=cameras,
-        frame_capacity=64 if cameras else 4096,
+        frame_capacity=max(_LEAST_FRAMES, min(_MOST_FRAMES, _FRAME_BYTES // max(1, pictures))),
     )

@@ -81,6 +81,7 @@ class SafetyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 SIMULATED = SafetyConfig(
     heartbeat_s=None,
     max_obs_age_s=3.0,
+    max_ahead_s=60.0,
     start_tolerance=None,
     overruns=0,
     tracking_error=None,

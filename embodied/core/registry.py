@@ -35,6 +35,12 @@ BUILTIN: dict[str, dict[str, str]] = {
         "gymnasium": "hal.drivers.gymnasium:Gymnasium",
         "simulated": "sim.driver:Simulated",
     },
+    "specimens": {
+        "so101": "sim.specimens:so101",
+        "lerobot": "sim.specimens:lerobot",
+        "gymnasium": "sim.specimens:gymnasium",
+        "simulated": "sim.specimens:simulated",
+    },
     "cameras": {
         "opencv": "hal.drivers.opencv:OpenCVCamera",
     },

@@ -260,7 +260,7 @@ class Rollout:
         if len(row.sources) > 2 * _SOURCES_KEPT:
             for seq in sorted(row.sources)[:-_SOURCES_KEPT]:
                 del row.sources[seq]
-        if not ticket.rejections or ticket.late_ticks:
+        if all(rejection.code == "late" for rejection in ticket.rejections):
             return
         self.rejected += 1
         if not self._realtime:

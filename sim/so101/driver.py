@@ -1,11 +1,14 @@
 """The SO-101 in virtual time: the same spec as the real arm's, without bus and servos."""
 
+import msgspec
 import numpy as np
 
 from embodied.core.errors import ConfigError
 from embodied.core.frames import Observation
 from embodied.core.seeds import make_rng
+from hal.cameras import picture_key
 from hal.drivers.so101_arm import HIGH_RAD, LOW_RAD, SPEC
+from sim.family import SimConfig
 from sim.rendering import Cameras
 from sim.so101.arm import QUANTUM_S, Arm, N
 
@@ -24,22 +27,24 @@ class SimulatedSO101:
     START_RAD, at rest.
     """
 
-    spec = SPEC
-
-    def __init__(self, *, shadows: bool = False) -> None:
+    def __init__(self, config: SimConfig | None = None) -> None:
+        self._config = config or SimConfig()
+        observation = {**SPEC.observation, **self._config.picture_specs()}
+        self.spec = msgspec.structs.replace(SPEC, observation=observation)
         servo_hz = SPEC.tick_hz if SPEC.motion is None else SPEC.motion.servo_hz
         self._quanta = round(1 / (servo_hz * QUANTUM_S))
         if abs(self._quanta * QUANTUM_S * servo_hz - 1) > 1e-9:
             raise ConfigError(
                 f"servo_hz is {servo_hz}; a period must be a multiple of {QUANTUM_S} s"
             )
-        self._shadows = shadows
         self._arm: Arm | None = None
         self._cameras: Cameras | None = None
 
     def open(self) -> None:
         """Load the model."""
         self._arm = Arm()
+        for camera in self._config.cameras:
+            self._open_cameras().check(camera)
         self.reset(0)
 
     @property
@@ -56,8 +61,12 @@ class SimulatedSO101:
         self.arm.place(np.clip(start_rad, LOW_RAD, HIGH_RAD))
 
     def sense(self) -> Observation:
-        """Joint angles."""
-        return {"observation.state": self.arm.data.qpos[:N].astype(np.float32)}
+        """Joint angles, and pictures if the configuration names cameras."""
+        observation = {"observation.state": self.arm.data.qpos[:N].astype(np.float32)}
+        for camera in self._config.cameras:
+            size = self._config.image_size
+            observation[picture_key(camera)] = self.picture(camera, size, size)
+        return observation
 
     def drive(self, action_D: np.ndarray) -> None:
         """Goals for the coming servo step and until others come."""
@@ -87,7 +96,7 @@ class SimulatedSO101:
 
     def _open_cameras(self) -> Cameras:
         if self._cameras is None:
-            self._cameras = Cameras(self.arm.model, shadows=self._shadows)
+            self._cameras = Cameras(self.arm.model, shadows=self._config.shadows)
         return self._cameras
 
     def close(self) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from embodied.core.errors import ConfigError
 from embodied.core.protocols import SimulatedDriver
 from embodied.core.specs import DeviceSpec
 from embodied.core.tasks import Expert, Task
@@ -47,9 +46,7 @@ class SO101Family:
         return made
 
     def make_driver(self, task: str, config: SimConfig) -> SimulatedDriver:
-        if config.cameras:
-            raise ConfigError(f"sim.cameras is {list(config.cameras)}; so101 has none in a tick")
-        return SimulatedSO101(shadows=config.shadows)
+        return SimulatedSO101(config)
 
     def make_expert(self, task: str, spec: DeviceSpec) -> Expert:
         return ReachExpert()

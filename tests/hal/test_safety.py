@@ -376,15 +376,16 @@ def test_missed_deadlines_in_a_row_latch_the_halt(tmp_path):
 )
 def test_measured_motion_out_of_bounds_latches_the_halt(fault, match):
     driver = Follower()
+    if fault == "runaway":
+        driver.step_time = lambda: setattr(driver, "position", driver.position + 0.05)
     device = opened(driver)
-    hand = Hand(device, np.random.default_rng(0))
     if fault == "stuck":
+        hand = Hand(device, np.random.default_rng(0))
         driver.stuck = True
         for _ in range(30):
             hand.send(np.tile([1.2, 0.9, 1.9], (8, 1)))
             device.advance(device.tick + 2)
     else:
-        driver.step_time = lambda: setattr(driver, "position", driver.position + 0.05)
         device.advance(device.tick + 12)
     assert device.info.health is Health.HALTED
     assert re.search(match, device.info.reason)
