@@ -37,7 +37,11 @@ def policy(observation, tick):
 def percentiles(times_s):
     """p50, p99 and maximum in ms."""
     p50, p99 = np.percentile(times_s, [50, 99]) * 1e3
-    return {"p50_ms": round(p50, 3), "p99_ms": round(p99, 3), "max_ms": round(max(times_s) * 1e3, 3)}
+    return {
+        "p50_ms": round(p50, 3),
+        "p99_ms": round(p99, 3),
+        "max_ms": round(max(times_s) * 1e3, 3),
+    }
 
 
 class Timed:
@@ -53,6 +57,7 @@ class Timed:
         return getattr(self._driver, name)
 
     def sense(self):
+        """As the driver's; its time closes a cycle."""
         started_s = time.perf_counter()
         observation = self._driver.sense()
         self.cycles_s.append(self.spent_s + time.perf_counter() - started_s)
@@ -60,6 +65,7 @@ class Timed:
         return observation
 
     def drive(self, action_D):
+        """As the driver's."""
         started_s = time.perf_counter()
         self._driver.drive(action_D)
         self.spent_s += time.perf_counter() - started_s
@@ -119,7 +125,7 @@ def in_process(driver, seconds):
     from embodied.core.clock import RealClock
     from hal.device import Device
     from hal.health import DeviceInfo
-    from hal.safety import SafetyConfig
+    from hal.safety.config import SafetyConfig
 
     timed = Timed(driver)
     device = Device(
@@ -146,10 +152,10 @@ def in_process(driver, seconds):
 
 def behind_agent(arm, calibration, seconds):
     """The driver behind an agent's watchdog and servo process."""
-    from hal.holding import Holding
-    from hal.pool import Pool
+    from hal.pool.holding import Holding
+    from hal.pool.pool import Pool
+    from hal.pool.state import pool_path
     from hal.remote import RemoteDevice
-    from hal.state import pool_path
 
     command = [
         str(Path(sys.executable).parent / "embodied"), "agent", "gpus=false",

@@ -21,12 +21,12 @@ import msgspec
 from embodied.comms.channels import RequestClient
 from embodied.core.errors import ConfigError, EmbodiedError
 from embodied.core.files import write_atomic
-from hal import messages as m
 from hal.discovery import gpu_records
-from hal.leases import DeviceRecord, DeviceStatus
-from hal.pool import Pool
+from hal.pool.leases import DeviceRecord, DeviceStatus
+from hal.pool.pool import Pool
+from hal.pool.state import pool_path, state_dir
+from hal.process import messages as m
 from hal.robot import RobotConfig, ServoConfig, check_robot, socket_name
-from hal.state import pool_path, state_dir
 
 _SUPERVISE_S = 0.1
 _REPORT_S = 0.5
@@ -68,7 +68,7 @@ class Robot:
             return
         self._started_s = time.monotonic()
         with self._log.open("ab") as log:
-            command = [sys.executable, "-m", "hal.watchdog", str(self._file)]
+            command = [sys.executable, "-m", "hal.process.watchdog", str(self._file)]
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
 
     def supervise(self, token: int, holder: str) -> None:

@@ -11,18 +11,18 @@ import numpy as np
 from embodied.core.clock import Clock, RealClock, VirtualClock
 from embodied.core.errors import DeviceLostError, EmbodiedError
 from embodied.core.frames import Chunk, Frame, Observation, RejectionCode, Ticket
-from embodied.core.protocols import Camera, Driver, Monitored, Renders, SimulatedDriver
+from embodied.core.protocols import Camera, Driver, Renders, SimulatedDriver
 from hal.cameras import Cameras
-from hal.commands import Commands
-from hal.execution import make_execution
+from hal.control.commands import Commands
+from hal.control.execution import make_execution
+from hal.control.history import History
+from hal.control.pace import Pace
+from hal.control.senses import Senses
 from hal.health import DeviceInfo, Monitor
-from hal.history import History
-from hal.latch import Latch
-from hal.limits import Limits
-from hal.pace import Pace
-from hal.safety import SIMULATED, Bounds, Envelope, SafetyConfig, Workspace
-from hal.senses import Senses
-from hal.violations import Violations
+from hal.safety.config import SIMULATED, Bounds, Envelope, SafetyConfig, Workspace
+from hal.safety.latch import Latch
+from hal.safety.limits import Limits
+from hal.safety.violations import Violations
 
 _REOPEN_S = 1.0
 _POLL_S = 0.01
@@ -85,9 +85,6 @@ class Device:
         self._io = threading.RLock()
         self._thread: threading.Thread | None = None
         self._closing = False
-        # isinstance of a protocol costs more than a whole tick's work.
-        self._step_time = driver.step_time if isinstance(driver, SimulatedDriver) else _nothing
-        self._condition = driver.condition if isinstance(driver, Monitored) else None
         self.on_step: Callable[[], None] | None = None
 
     @property
@@ -325,7 +322,6 @@ class Device:
             try:
                 self._execution.drive()
                 driven_ns = time.monotonic_ns()
-                self._step_time()
                 sensing_ns = time.monotonic_ns()
                 observation = self._senses.read() if last else None
             except Exception as error:
@@ -383,8 +379,7 @@ class Device:
             self._monitor.count("failed reads", degrades=True)
         elif fault := self._execution.violation(observation):
             self.halt(fault)
-        if self._condition is not None:
-            condition = self._condition()
+        if (condition := self._senses.condition()) is not None:
             self._monitor.condition_is(condition)
             if condition.fault:
                 self.halt(f"the robot reports {condition.fault}")
@@ -404,7 +399,3 @@ class Device:
         self._monitor.lost = reason
         self.driver.close()
         return DeviceLostError(f"{self._info.id} is lost: {reason}")
-
-
-def _nothing() -> None:
-    """A real robot's time passes by itself."""

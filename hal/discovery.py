@@ -8,9 +8,9 @@ from typing import Any
 import msgspec
 
 from embodied.core import registry
-from hal.leases import DeviceRecord, DeviceStatus
-from hal.pool import Pool
-from hal.state import pool_path
+from hal.pool.leases import DeviceRecord, DeviceStatus
+from hal.pool.pool import Pool
+from hal.pool.state import pool_path
 
 _TIMEOUT_S = 10.0
 

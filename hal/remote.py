@@ -11,8 +11,8 @@ import numpy as np
 from embodied.comms.channels import RequestClient
 from embodied.core.errors import DeviceLostError, EmbodiedError, LeaseError, LinkError
 from embodied.core.frames import Chunk, Frame, Ticket
-from hal import messages as m
 from hal.health import DeviceInfo, Health, Hops
+from hal.process import messages as m
 
 _TIMEOUT_S = 2.0
 _RESET_TIMEOUT_S = 60.0

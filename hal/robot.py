@@ -10,7 +10,7 @@ from embodied.core.config import component
 from embodied.core.protocols import Camera, Driver
 from hal.device import Device
 from hal.health import DeviceInfo
-from hal.safety import SafetyConfig
+from hal.safety.config import SafetyConfig
 
 _LEAST_FRAMES, _MOST_FRAMES, _FRAME_BYTES = 64, 4096, 256 << 20
 

@@ -20,7 +20,7 @@ from embodied.core.seeds import make_rng
 from embodied.core.specs import DeviceSpec
 from embodied.core.tasks import Outcome, Resettable
 from hal.commander import Commander
-from hal.safety import Workspace, WorkspaceConfig
+from hal.safety.config import Workspace, WorkspaceConfig
 
 
 class Operator(Protocol):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hal.robot import RobotConfig
-from hal.safety import SafetyConfig
+from hal.safety.config import SafetyConfig
 from sim.so101.virtual import VirtualArm
 
 

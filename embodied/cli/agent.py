@@ -2,8 +2,6 @@
 
 import argparse
 
-from rich.console import Console
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
@@ -12,6 +10,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Own this host's robots until interrupted; print every change of a device's state."""
+    from rich.console import Console
+
     from deploy.agent import Agent, AgentConfig, stop_signals
     from embodied.core import config as core_config
 

@@ -7,7 +7,7 @@ import msgspec
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 _COLOURS = {"ready": "green", "leased": "cyan", "degraded": "yellow", "halted": "bold red"}
 _EVERY_S = 1.0
@@ -45,8 +45,8 @@ def table() -> Table:
     """The device table as it is now."""
     from hal.discovery import devices
 
-    columns = ("id", "kind", "host", "health", "rate", "load", "temp", "holder", "detail")
-    shown = Table(*columns)
+    narrow = [Column(name, no_wrap=True) for name in ("id", "kind", "host", "health", "rate")]
+    shown = Table(*narrow, "load", "temp", "holder", "detail")
     for row in devices():
         colour = _COLOURS.get(row.health, "dim")
         shown.add_row(

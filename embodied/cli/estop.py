@@ -2,8 +2,6 @@
 
 import argparse
 
-from rich.console import Console
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
@@ -14,8 +12,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Set or clear a latched halt; works without the agent, which may hang."""
-    from hal.latch import HOST_STOP, latch_file, latch_reason, set_latch
-    from hal.state import state_dir
+    from rich.console import Console
+
+    from hal.pool.state import state_dir
+    from hal.safety.latch import HOST_STOP, latch_file, latch_reason, set_latch
 
     console = Console(highlight=False, markup=False)
     folder = state_dir() / "latches"

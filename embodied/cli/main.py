@@ -7,8 +7,6 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from embodied.core.errors import EmbodiedError
 
 _COMMANDS = {
@@ -33,8 +31,8 @@ train, collect and eval take Hydra overrides: key=value, group=choice. Examples:
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line's parser."""
+def parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The command line's parser; of the commands, only the one that is given has its options."""
     root = argparse.ArgumentParser(
         prog="embodied", epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,42 +45,46 @@ def parser() -> argparse.ArgumentParser:
             epilog=_EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        importlib.import_module(f"embodied.cli.{module}").add_arguments(command)
+        if name in arguments[:1]:
+            importlib.import_module(f"embodied.cli.{module}").add_arguments(command)
     return root
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; a user's error ends in one paragraph on stderr and status 2."""
-    options = parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parser(given).parse_args(given)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for number in (signal.SIGINT, signal.SIGTERM):  # a background job starts with SIGINT ignored
         signal.signal(number, signal.default_int_handler)
-    module, _ = _COMMANDS[options.command]
-    console = Console(stderr=True, highlight=False)
+    command, (module, _) = options.command, _COMMANDS[options.command]
     try:
         return importlib.import_module(f"embodied.cli.{module}").run(options)
     except EmbodiedError as error:
-        console.print(f"embodied {options.command}: {error}", style="bold red", markup=False)
+        _complain(f"embodied {command}: {error}")
         return 2
     except ModuleNotFoundError as error:
-        console.print(
-            f"embodied {options.command}: the package '{error.name}' is not installed; "
-            "pip install 'embodied-stack[all]' brings everything",
-            style="bold red",
-            markup=False,
+        _complain(
+            f"embodied {command}: the package '{error.name}' is not installed; "
+            "pip install 'embodied-stack[all]' brings everything"
         )
         return 2
     except KeyboardInterrupt:
-        console.print(f"embodied {options.command}: stopped.", style="bold", markup=False)
+        _complain(f"embodied {command}: stopped.", style="bold")
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        text = f"embodied {options.command}: {error.strerror or error}{where}"
-        console.print(text, style="bold red", markup=False)
+        _complain(f"embodied {command}: {error.strerror or error}{where}")
         return 2
+
+
+def _complain(text: str, style: str = "bold red") -> None:
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False).print(text, style=style, markup=False)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import msgspec
 from embodied.core import config as core_config
 from embodied.core.errors import ConfigError
 from embodied.learn.config import LearnerConfig
-from hal import selectors
+from hal.pool import selectors
 from sim import family
 from sim.family import SimConfig
 

@@ -7,13 +7,13 @@ from contextlib import suppress
 from typing import Self
 
 from embodied.core.errors import ConfigError, DeviceLostError, EmbodiedError, LeaseError
-from hal.holding import Holding
-from hal.latch import HOST_STOP, latch_file, latch_reason, set_latch
-from hal.leases import Allocation, DeviceStatus
-from hal.pool import Pool
+from hal.pool.holding import Holding
+from hal.pool.leases import Allocation, DeviceStatus
+from hal.pool.pool import Pool
+from hal.pool.selectors import Selector, parse
+from hal.pool.state import pool_path, state_dir
 from hal.remote import RemoteDevice
-from hal.selectors import Selector, parse
-from hal.state import pool_path, state_dir
+from hal.safety.latch import HOST_STOP, latch_file, latch_reason, set_latch
 
 _TTL_S = 3.0
 _ASK_S = 0.25

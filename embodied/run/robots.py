@@ -10,11 +10,11 @@ from embodied.core.errors import ConfigError, DeviceLostError, EmbodiedError, Le
 from embodied.core.specs import DeviceSpec
 from embodied.run.config import TrainConfig
 from hal.group import DeviceGroup, make_group
-from hal.holding import Holding
-from hal.leases import DeviceRecord
-from hal.pool import Pool
+from hal.pool.holding import Holding
+from hal.pool.leases import DeviceRecord
+from hal.pool.pool import Pool
+from hal.pool.state import pool_path
 from hal.remote import RemoteDevice
-from hal.state import pool_path
 from sim import family
 
 _REPORT_S = 1.0

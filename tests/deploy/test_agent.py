@@ -11,10 +11,10 @@ from host import Host
 from embodied.core.errors import LeaseError
 from hal.commander import Commander
 from hal.drivers.so101_arm import HIGH_RAD, LOW_RAD, SPEC
-from hal.holding import Holding
+from hal.pool.holding import Holding
+from hal.process.servo import AGENT_SILENT_S
 from hal.remote import RemoteDevice
-from hal.safety import SafetyConfig
-from hal.servo import AGENT_SILENT_S
+from hal.safety.config import SafetyConfig
 
 SAFETY = SafetyConfig()
 STOPPING_S = 0.25

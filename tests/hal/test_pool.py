@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from embodied.core.errors import ConfigError, CorruptDataError, LeaseError
-from hal import pool_file
-from hal.holding import Holding
-from hal.pool import BootClock, DeviceRecord, Pool, PoolBusyError
-from hal.selectors import parse
-from hal.state import check_local, pool_path, state_dir
+from hal.pool import file as pool_file
+from hal.pool.holding import Holding
+from hal.pool.pool import BootClock, DeviceRecord, Pool, PoolBusyError
+from hal.pool.selectors import parse
+from hal.pool.state import check_local, pool_path, state_dir
 
 S = 1_000_000_000
 
@@ -641,7 +641,7 @@ def test_tokens_are_synced_in_blocks_before_they_are_given(tmp_path, clock):
 WORKER = """
 import os, random, sys, time
 from embodied.core.errors import LeaseError
-from hal.pool import BootClock, Pool
+from hal.pool.pool import BootClock, Pool
 path, log, name, ttl_s = sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4])
 out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 clock = BootClock()
@@ -715,7 +715,7 @@ def test_processes_that_are_killed_neither_keep_nor_share_a_device(tmp_path):
 
 HAMMER = """
 import os, sys
-from hal.pool import DeviceRecord, Pool
+from hal.pool.pool import DeviceRecord, Pool
 pool = Pool(sys.argv[1])
 pool.register(DeviceRecord("a", "so101"))
 for waiting in pool.queue():
@@ -750,7 +750,7 @@ def test_the_file_survives_kills_in_the_middle_of_writes(tmp_path):
 
 STUCK = """
 import sys, time
-from hal.pool import DeviceRecord, Pool
+from hal.pool.pool import DeviceRecord, Pool
 pool = Pool(sys.argv[1])
 with pool._file.transaction() as tx:
     tx.rows("DELETE FROM devices")
@@ -951,7 +951,7 @@ def test_a_pool_needs_a_directory_and_closes_twice(tmp_path, clock):
 FULL = """
 import os, sys
 from embodied.core.errors import StorageFullError
-from hal.pool import DeviceRecord, Pool
+from hal.pool.pool import DeviceRecord, Pool
 folder = sys.argv[1]
 pool = Pool(folder + "/pool.sqlite")
 pool.register(DeviceRecord("kept", "so101"))
@@ -1015,6 +1015,6 @@ def test_the_state_directory(tmp_path, monkeypatch):
 
 def test_a_pool_on_a_network_file_system_is_refused(tmp_path, monkeypatch):
     check_local(tmp_path)
-    monkeypatch.setattr("hal.state._filesystem", lambda path: "nfs4")
+    monkeypatch.setattr("hal.pool.state._filesystem", lambda path: "nfs4")
     with pytest.raises(ConfigError, match=r"network file system \(nfs4\)"):
         Pool(tmp_path / "pool.sqlite")

@@ -21,7 +21,7 @@ from embodied.core.frames import Chunk
 from hal.device import Device
 from hal.drivers.so101_arm import LOW_RAD, MODEL, SPEC
 from hal.health import DeviceInfo, Health
-from hal.safety import Bounds, SafetyConfig, WorkspaceConfig
+from hal.safety.config import Bounds, SafetyConfig, WorkspaceConfig
 
 SEEDS = 1000
 INFO = DeviceInfo("arm:0", "arm", "here")
@@ -182,7 +182,7 @@ def test_a_latched_halt_survives_restart(tmp_path):
 
 
 def test_the_hosts_stop_halts_every_device_without_asking_it(tmp_path):
-    from hal.latch import HOST_STOP, latch_file, set_latch
+    from hal.safety.latch import HOST_STOP, latch_file, set_latch
 
     device = opened(latches=tmp_path)
     hand = Hand(device, np.random.default_rng(0))
@@ -415,7 +415,7 @@ WORKSPACE = WorkspaceConfig(str(MODEL), (0.05, -0.25, 0.03), (0.35, 0.25, 0.30))
 
 
 def test_the_tool_stays_in_its_box():
-    from hal.safety import Workspace
+    from hal.safety.config import Workspace
     from sim.so101.arm import REST_RAD
 
     tool = Workspace(WORKSPACE)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embodied.core.errors import ConfigError
-from hal.selectors import Description, Selector, checked, match, missing, parse, text
+from hal.pool.selectors import Description, Selector, checked, match, missing, parse, text
 
 ARM = Description(
     "so101:0", "so101", ("robot", "arm"), "bench1", ("camera.wrist",), {"lab": "west"}

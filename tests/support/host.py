@@ -11,18 +11,18 @@ from pathlib import Path
 
 import numpy as np
 
-from hal.pool import Pool
-from hal.state import pool_path
+from hal.pool.pool import Pool
+from hal.pool.state import pool_path
 from sim.so101.virtual import VirtualArm
 
 MOVER = """
 import sys, time
 import numpy as np
 from hal.commander import Commander
-from hal.holding import Holding
-from hal.pool import Pool
+from hal.pool.holding import Holding
+from hal.pool.pool import Pool
 from hal.remote import RemoteDevice
-from hal.state import pool_path
+from hal.pool.state import pool_path
 
 ahead = int(sys.argv[2])
 with Holding(Pool(pool_path()), "mover", sys.argv[1], timeout_s=30) as held:
@@ -107,12 +107,12 @@ class Host:
 
     def servo_pid(self) -> int:
         assert self.agent_process is not None
-        [pid] = self.children(self.agent_process, "hal.servo")
+        [pid] = self.children(self.agent_process, "hal.process.servo")
         return pid
 
     def watchdog_pid(self) -> int:
         assert self.agent_process is not None
-        [pid] = self.children(self.agent_process, "hal.watchdog")
+        [pid] = self.children(self.agent_process, "hal.process.watchdog")
         return pid
 
     def standstill_s(self, timeout_s: float = 8.0, still_rad_s: float = 0.02) -> float:

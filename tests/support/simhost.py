@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from hal.pool import Pool
+from hal.pool.pool import Pool
 
 EMBODIED = [sys.executable, "-m", "embodied.cli.main"]
 

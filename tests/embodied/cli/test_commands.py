@@ -106,8 +106,14 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import embodied.core.config, embodied.core.rundir, embodied.core.files, embodied.core.protocols
 import embodied.comms.channels, embodied.buffer.service, embodied.buffer.samplers
-import embodied.weights.store, hal, deploy, embodied.learn.dagger, embodied.run.rollout
-import embodied.cli.main
+import embodied.weights.store, hal, deploy.agent, embodied.learn.dagger, embodied.run.rollout
+import embodied.cli.main, embodied.cli.agent, embodied.cli.estop, embodied.cli.teleop
+import embodied.cli.record, embodied.cli.calibrate, embodied.run.record_session
+import hal.process.servo, hal.process.watchdog, hal.remote, hal.discovery
+from embodied.core import registry
+for kind in ("drivers", "cameras", "teleoperators", "enumerators", "resets", "judges"):
+    for name in registry.names(kind):
+        registry.resolve(kind, name)
 from sim import family
 for name in ("metaworld/reach", "pusht", "robosuite/Lift", "pointmass"):
     found, task = family.find(name)

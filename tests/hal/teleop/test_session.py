@@ -8,7 +8,7 @@ from point import POINT_SPEC
 from embodied.core.errors import ConfigError, DeviceLostError, StorageFullError
 from hal.commander import Commander
 from hal.device import Device, DeviceInfo
-from hal.safety import SIMULATED
+from hal.safety.config import SIMULATED
 from hal.teleop import session as sessions
 from hal.teleop.align import Alignment
 from hal.teleop.asking import PersonStopped

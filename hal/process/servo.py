@@ -19,8 +19,8 @@ from embodied.comms.channels import RequestServer
 from embodied.core.errors import EmbodiedError, LeaseError
 from embodied.core.processes import die_with_parent, run_urgently
 from embodied.core.protocols import SimulatedDriver
-from hal import messages as m
 from hal.health import Health
+from hal.process import messages as m
 from hal.robot import ServoConfig, make_device
 
 STEP, IDLE = b"s", b"i"

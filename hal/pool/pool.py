@@ -19,10 +19,10 @@ import msgspec
 
 from embodied.core.errors import ConfigError, EmbodiedError, LeaseError
 from embodied.core.processes import alive
-from hal import pool_tables as tables
-from hal.leases import Allocation, DeviceRecord, DeviceStatus, Lease, Report, Waiting
-from hal.pool_file import BootClock, PoolBusyError, PoolClock, PoolFile, Transaction
-from hal.selectors import Selector, checked, missing, text
+from hal.pool import tables
+from hal.pool.file import BootClock, PoolBusyError, PoolClock, PoolFile, Transaction
+from hal.pool.leases import Allocation, DeviceRecord, DeviceStatus, Lease, Report, Waiting
+from hal.pool.selectors import Selector, checked, missing, text
 
 __all__ = [
     "Allocation",

@@ -6,7 +6,7 @@ import numpy as np
 
 from embodied.core.frames import Chunk, Rejection, RejectionCode
 from embodied.core.specs import DeviceSpec
-from hal.safety import Envelope, SafetyConfig, Workspace
+from hal.safety.config import Envelope, SafetyConfig, Workspace
 
 _TINY = float(np.finfo(np.float32).tiny)
 """Subnormal numbers are commanded as zero."""

@@ -1,19 +1,19 @@
 """From the command of a tick to what the motors get: two kinds of devices, one interface."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
 from embodied.core.frames import Frame, Observation
-from embodied.core.protocols import Driver
+from embodied.core.protocols import Driver, SimulatedDriver
 from embodied.core.specs import DeviceSpec
-from hal.commands import Command
-from hal.limits import Limits
-from hal.motion import Motion, check_envelope
-from hal.safety import Envelope, Workspace
-from hal.violations import Violations
+from hal.control.commands import Command
+from hal.control.motion import Motion, check_envelope
+from hal.safety.config import Envelope, Workspace
+from hal.safety.limits import Limits
+from hal.safety.violations import Violations
 
 
 class Execution(Protocol):
@@ -39,7 +39,7 @@ class Execution(Protocol):
         ...
 
     def drive(self) -> None:
-        """Make one servo step."""
+        """Make one servo step; a simulator's time passes with it."""
         ...
 
     def close(self, frame: Frame) -> Frame:
@@ -70,6 +70,7 @@ class DirectExecution:
 
     def __init__(self, driver: Driver, limits: Limits) -> None:
         self._driver = driver
+        self._step_time = _step_time(driver)
         self._limits = limits
         self._command: Command | None = None
         self._previous_D: np.ndarray | None = None
@@ -100,6 +101,7 @@ class DirectExecution:
             self._driver.hold()
         else:
             self._driver.drive(self._command.action_D)
+        self._step_time()
 
     def close(self, frame: Frame) -> Frame:
         """With the action that was driven."""
@@ -125,6 +127,7 @@ class MotionExecution:
     ) -> None:
         assert spec.motion is not None
         self._driver = driver
+        self._step_time = _step_time(driver)
         self._dtype = spec.action.dtype
         self._measured = spec.motion.measured
         self._motion = Motion(spec, envelope, workspace)
@@ -164,6 +167,7 @@ class MotionExecution:
     def drive(self) -> None:
         """Command the next set point."""
         self._driver.drive(self._motion.step())
+        self._step_time()
 
     def close(self, frame: Frame) -> Frame:
         """With the set point at the tick's end."""
@@ -204,3 +208,11 @@ def make_execution(
 def _closed(frame: Frame, action: np.ndarray | None, seq: int) -> Frame:
     held = action is None
     return Frame(frame.tick, frame.observation, frame.t_ns, action, held, frame.signals, seq)
+
+
+def _step_time(driver: Driver) -> Callable[[], None]:
+    return driver.step_time if isinstance(driver, SimulatedDriver) else _nothing
+
+
+def _nothing() -> None:
+    """A real robot's time passes by itself."""

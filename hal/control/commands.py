@@ -7,8 +7,8 @@ import numpy as np
 from embodied.core.errors import LeaseError
 from embodied.core.frames import Chunk, Rejection, RejectionCode, Ticket
 from embodied.core.specs import DeviceSpec
-from hal.limits import Limits, end_tick
-from hal.safety import Envelope
+from hal.safety.config import Envelope
+from hal.safety.limits import Limits, end_tick
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ from contextlib import suppress
 from typing import Self
 
 from embodied.core.errors import EmbodiedError, LeaseError, StorageFullError
-from hal.leases import Allocation, LeasedDevice
-from hal.pool import Pool, PoolBusyError
-from hal.selectors import Selector, checked
+from hal.pool.leases import Allocation, LeasedDevice
+from hal.pool.pool import Pool, PoolBusyError
+from hal.pool.selectors import Selector, checked
 
 _RENEWALS_PER_TTL = 3
 _RETRIES_PER_TTL = 30

@@ -5,7 +5,7 @@ import socket
 import msgspec
 
 from embodied.core import registry
-from hal.selectors import Description
+from hal.pool.selectors import Description
 
 HEALTHS = ("absent", "ready", "leased", "degraded", "halted", "lost")
 """States of a device; one that is leased and ready is shown as leased."""

@@ -34,7 +34,7 @@ def state_dir() -> Path:
 
 
 def pool_path() -> Path:
-    """The file of this host's pool, for `hal.pool.Pool`."""
+    """The file of this host's pool, for `hal.pool.pool.Pool`."""
     return state_dir() / "pool.sqlite"
 
 

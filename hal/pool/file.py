@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from embodied.core.clock import Clock
 from embodied.core.errors import ConfigError, CorruptDataError, EmbodiedError, LeaseError
 from embodied.core.files import fsync_directory, full_disk_named
-from hal.state import check_local
+from hal.pool.state import check_local
 
 _APPLICATION = 0x456D6250
 _VERSION = 1

@@ -10,7 +10,7 @@ import numpy as np
 from embodied.core.errors import CorruptDataError
 from embodied.core.frames import Chunk, Frame, Rejection, RejectionCode, Ticket
 from embodied.core.specs import DeviceSpec
-from hal.safety import Bounds
+from hal.safety.config import Bounds
 
 _Int = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]
 _Text = Annotated[str, msgspec.Meta(max_length=1000)]

@@ -2,7 +2,7 @@
 
 from embodied.core.clock import Clock
 from embodied.core.frames import Frame, Observation
-from embodied.core.protocols import Driver, SimulatedDriver
+from embodied.core.protocols import Condition, Driver, Monitored, SimulatedDriver
 from embodied.core.specs import DeviceSpec
 from hal.cameras import Cameras
 
@@ -21,7 +21,9 @@ class Senses:
         self._spec = spec
         self._clock = clock
         self._lost_after = lost_after
+        # isinstance of a protocol costs more than the rest of a tick: once.
         self._signals = driver.signals if isinstance(driver, SimulatedDriver) else None
+        self._condition = driver.condition if isinstance(driver, Monitored) else None
         self._last: Observation = {}
         self._last_ns = 0
         self.failed = 0
@@ -44,6 +46,10 @@ class Senses:
         else:
             self.failed = 0
         return self._last
+
+    def condition(self) -> Condition | None:
+        """How the robot is, if its driver knows."""
+        return None if self._condition is None else self._condition()
 
     def frame(self, tick: int, observation: Observation) -> Frame:
         """An open frame. Raises SpecError if it is not as declared."""

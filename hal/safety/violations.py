@@ -3,7 +3,7 @@
 import numpy as np
 
 from embodied.core.specs import DeviceSpec
-from hal.safety import Envelope, SafetyConfig
+from hal.safety.config import Envelope, SafetyConfig
 
 
 class Violations:

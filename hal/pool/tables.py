@@ -9,9 +9,9 @@ import msgspec
 
 from embodied.core.errors import CorruptDataError, LeaseError
 from embodied.core.processes import alive
-from hal.leases import Allocation, DeviceRecord, DeviceStatus, LeasedDevice, Report
-from hal.pool_file import Transaction
-from hal.selectors import Selector, assign, match, parse, text
+from hal.pool.file import Transaction
+from hal.pool.leases import Allocation, DeviceRecord, DeviceStatus, LeasedDevice, Report
+from hal.pool.selectors import Selector, assign, match, parse, text
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ import ruckig  # pyright: ignore[reportMissingTypeStubs]
 
 from embodied.core.errors import ConfigError, EmbodiedError
 from embodied.core.specs import DeviceSpec
-from hal.safety import Envelope, Workspace
+from hal.safety.config import Envelope, Workspace
 
 _ruckig: Any = ruckig
 _SOLVED = (_ruckig.Result.Working, _ruckig.Result.Finished)

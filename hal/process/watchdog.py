@@ -20,9 +20,9 @@ import msgspec
 
 from embodied.core.processes import die_with_parent, run_normally, run_urgently
 from embodied.core.protocols import SimulatedDriver
-from hal.latch import HOST_STOP, latch_file, set_latch
+from hal.process.servo import STEP
 from hal.robot import ServoConfig, make_driver
-from hal.servo import STEP
+from hal.safety.latch import HOST_STOP, latch_file, set_latch
 
 _POLL_S = 0.02
 _PULSE_S = 0.1
@@ -48,7 +48,13 @@ class Watchdog:
         while not self.stopping:
             link, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with link, other:
-                command = [sys.executable, "-m", "hal.servo", str(self._file), str(other.fileno())]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "hal.process.servo",
+                    str(self._file),
+                    str(other.fileno()),
+                ]
                 process = subprocess.Popen(command, pass_fds=[other.fileno()])
                 other.close()
                 started_s = time.monotonic()
