@@ -345,8 +345,7 @@ class Device:
 
     def _plan(self) -> None:
         """Take the open tick's command out of the queue and plan its execution."""
-        tick, self._taken = self._opened().tick, True
-        stopping = bool(self._monitor.halted)
+        tick, self._taken, stopping = self._opened().tick, True, bool(self._monitor.halted)
         command = None if stopping else self._commands.pop(tick)
         event = self._execution.plan(command, self._commands.coming(tick + 1, 2))
         if event and not (stopping or self._commands.held):
