@@ -145,9 +145,7 @@ class VirtualArm:
 
     def write_calibration(self, path: Path | str) -> None:
         """Write the servos' calibration as LeRobot's JSON file."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        text = msgspec.json.format(msgspec.json.encode(self.calibration), indent=4)
-        Path(path).write_bytes(text)
+        _write_calibration(self.calibration, Path(path))
 
     @property
     def pid(self) -> int:
@@ -180,6 +178,11 @@ class VirtualArm:
         self.close()
 
 
+def _write_calibration(table: dict[str, dict[str, int]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(table), indent=4))
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m sim.so101.virtual", description=__doc__)
     parser.add_argument("--link", type=Path, required=True, help="path of the serial port to make")
@@ -187,6 +190,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--leader", action="store_true", help="an arm moved by a scripted hand")
     parser.add_argument("--camera", type=int, help="HTTP port of the pictures, 0 for any")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--calibration", type=Path, help="file to write its calibration to")
     parser.add_argument("--parent", type=int, help="end when this process, the parent, dies")
     arguments = parser.parse_args()
     if arguments.camera is not None and arguments.control is None:
@@ -209,6 +213,8 @@ def main() -> int:
         hardware = VirtualHardware(
             robot, arguments.link, control=arguments.control, seed=arguments.seed
         )
+        if arguments.calibration is not None:
+            _write_calibration(calibration(arguments.seed), arguments.calibration)
         if arguments.camera is not None:
             cameras, hardware.camera_port = start_cameras(arguments.camera, arguments.control)
         hardware.run(lambda: bool(stopped) or (parent is not None and os.getppid() != parent))
