@@ -1,13 +1,19 @@
 """embodied devices."""
 
+from __future__ import annotations
+
 import argparse
 import time
+from typing import TYPE_CHECKING
 
 import msgspec
 from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Column, Table
+
+if TYPE_CHECKING:
+    from hal.discovery import DeviceRow
 
 _COLOURS = {"ready": "green", "leased": "cyan", "degraded": "yellow", "halted": "bold red"}
 _EVERY_S = 1.0
@@ -45,19 +51,25 @@ def table() -> Table:
     """The device table as it is now."""
     from hal.discovery import devices
 
-    narrow = [Column(name, no_wrap=True) for name in ("id", "kind", "host", "health", "rate")]
-    shown = Table(*narrow, "load", "temp", "holder", "detail")
-    for row in devices():
+    rows = devices()
+    hosts = {row.host for row in rows}
+    named = ("id", "kind", "health", "rate", *(("host",) if len(hosts) > 1 else ()))
+    shown = Table(*(Column(name, no_wrap=True) for name in named), "load", "holder", "detail")
+    for row in rows:
         colour = _COLOURS.get(row.health, "dim")
         shown.add_row(
             escape(row.id),
             row.kind,
-            row.host,
             f"[{colour}]{row.health}[/]",
             f"{row.rate_hz:.0f} / {row.tick_hz:.0f} Hz" if row.tick_hz else "",
+            *((row.host,) if len(hosts) > 1 else ()),
             "" if row.load is None else f"{100 * row.load:.0f} %",
-            "" if row.temperature_c is None else f"{row.temperature_c:.0f} °C",
             escape(row.holder),
-            escape("; ".join(filter(None, (row.reason, row.detail)))),
+            escape("; ".join(filter(None, (row.reason, hot(row), row.detail)))),
         )
     return shown
+
+
+def hot(row: DeviceRow) -> str:
+    """Its temperature, where known."""
+    return "" if row.temperature_c is None else f"{row.temperature_c:.0f} °C"

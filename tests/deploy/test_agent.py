@@ -19,6 +19,7 @@ from hal.safety.config import SafetyConfig
 SAFETY = SafetyConfig()
 STOPPING_S = 0.25
 TICK_S = 0.02
+BOTH = [pytest.param(signal.SIGSTOP, marks=pytest.mark.slow), signal.SIGKILL]
 NOISE_S = 0.25
 """What a shared machine may add: processes wait for a core, and the arm settles."""
 
@@ -78,7 +79,7 @@ def test_a_lease_moves_the_arm_and_its_end_holds_it(host):
     np.testing.assert_allclose(arm.state().q_rad, goal, atol=0.06)
 
 
-@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize("number", BOTH)
 def test_an_actor_that_stops_or_dies_stops_the_arm(host, moving, number):
     os.kill(moving.pid, number)
     stopped_s = host.standstill_s()
@@ -94,7 +95,7 @@ def test_an_actor_that_stops_or_dies_stops_the_arm(host, moving, number):
         assert held.devices[0].token > 0 and time.monotonic() < deadline_s
 
 
-@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize("number", BOTH)
 def test_an_agent_that_stops_or_dies_stops_the_arm(host, moving, number):
     agent = host.agent_process
     os.kill(agent.pid, number)
@@ -127,6 +128,7 @@ def test_a_servo_process_that_stops_is_killed_the_arm_held_and_the_halt_latched(
     np.testing.assert_allclose(host.arm.state().q_rad, held_rad, atol=0.02)
 
 
+@pytest.mark.slow
 def test_a_servo_process_that_dies_is_replaced_and_waits_for_a_new_lease(host, moving):
     pid = host.servo_pid()
     os.kill(pid, signal.SIGKILL)
@@ -138,6 +140,7 @@ def test_a_servo_process_that_dies_is_replaced_and_waits_for_a_new_lease(host, m
     host.mover()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_watchdog_that_stops_or_dies_stops_the_arm(host, moving, number):
     pid = host.watchdog_pid()
@@ -150,6 +153,7 @@ def test_a_watchdog_that_stops_or_dies_stops_the_arm(host, moving, number):
     host.mover()
 
 
+@pytest.mark.slow
 def test_an_unplugged_arm_is_lost_and_comes_back(host, moving):
     host.arm.unplug()
     host.wait("lost")

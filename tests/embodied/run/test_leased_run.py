@@ -58,7 +58,7 @@ def test_a_run_goes_on_without_an_unplugged_arm_and_takes_it_back(host, tmp_path
         "actors.devices=arm",
         "demonstrations.episodes=6",
         "learner.steps=1000000",
-        "learner.minutes=2.5",
+        "learner.minutes=1.5",
         "learner.samples_per_insert=null",
         "evaluation.episodes=0",
         "evaluation.final_episodes=4",
