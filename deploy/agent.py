@@ -7,11 +7,13 @@ silent the robots finish what is committed, decelerate and hold.
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +21,15 @@ from pathlib import Path
 import msgspec
 
 from embodied.comms.channels import RequestClient
-from embodied.core.errors import ConfigError, EmbodiedError
+from embodied.core.errors import ConfigError, EmbodiedError, LeaseError, StorageFullError
 from embodied.core.files import write_atomic
 from hal.discovery import gpu_records
 from hal.pool.leases import DeviceRecord, DeviceStatus
-from hal.pool.pool import Pool
+from hal.pool.pool import Pool, PoolBusyError
 from hal.pool.state import pool_path, state_dir
 from hal.process import messages as m
 from hal.robot import RobotConfig, ServoConfig, check_robot, socket_name
+from hal.safety.latch import HOST_STOP
 
 _SUPERVISE_S = 0.1
 _REPORT_S = 0.5
@@ -47,17 +50,20 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Robot:
     """The agent's side of one robot: its processes and what they last said."""
 
-    def __init__(self, config: ServoConfig, folder: Path) -> None:
+    def __init__(self, config: ServoConfig, folder: Path, logs: Path) -> None:
         self.config = config
         self._file = folder / f"{socket_name(config.id)}.json"
         write_atomic(self._file, msgspec.json.encode(config))
-        self._log = folder / f"{socket_name(config.id)}.log"
+        self._log = logs / f"{socket_name(config.id)}.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._started_s = 0.0
         self._client = RequestClient(config.control_address, m.CONTROL_REPLIES)
         self._asked: int | None = None
         self._asked_s = 0.0
         self._heard_s = time.monotonic()
+        self._incarnation = 0
+        self._barred = 0
+        self._lease: tuple[int, str, float] = (0, "", 0.0)
         self.status: m.Status | None = None
 
     def start(self) -> None:
@@ -71,18 +77,35 @@ class Robot:
             command = [sys.executable, "-m", "hal.process.watchdog", str(self._file)]
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
 
-    def supervise(self, token: int, holder: str) -> None:
+    def leased(self, row: DeviceStatus | None) -> None:
+        """What the pool says of the lease: it stands until its time is up, heard of or not."""
+        if row is None or not row.holder:
+            self._lease = (0, "", 0.0)
+        else:
+            self._lease = (row.token, row.holder, time.monotonic() + row.lease_remaining_s)
+
+    def bar(self) -> None:
+        """The present lease is over: it was of another servo process, or another agent."""
+        self._barred = max(self._barred, self._lease[0])
+
+    def supervise(self) -> None:
         """Send the heartbeat with the lease that stands; take the answer to the last one."""
         for reply in self._client.receive_ready():
             if isinstance(reply.header, m.Status):
                 self.status = reply.header
                 self._heard_s = time.monotonic()
+                if self._incarnation not in (0, reply.header.incarnation):
+                    self.bar()
+                self._incarnation = reply.header.incarnation
             if reply.id == self._asked:
                 self._asked = None
         if self._asked is not None:
             if time.monotonic() - self._asked_s < _ANSWER_S:
                 return
             self._client.forget(self._asked)
+        token, holder, until_s = self._lease
+        if token <= self._barred or time.monotonic() > until_s:
+            token, holder = 0, ""
         self._asked = self._client.send(m.Supervise(token, holder), {})
         self._asked_s = time.monotonic()
 
@@ -160,6 +183,16 @@ class Agent:
         host = config.host or socket.gethostname()
         latches = state_dir() / "latches"
         latches.mkdir(exist_ok=True)
+        names = {socket_name(name) for name in config.robots}
+        if len(names) < len(config.robots) or HOST_STOP in config.robots:
+            raise ConfigError(
+                f"robots are named {', '.join(config.robots)}: names must differ in letters and "
+                f"digits, and '{HOST_STOP}' is the host's emergency stop"
+            )
+        self._registered: list[str] = []
+        self._closing = threading.Event()
+        self.logs = state_dir() / "logs"
+        self.logs.mkdir(exist_ok=True)
         self.folder = Path(tempfile.mkdtemp(prefix="embodied-agent-"))
         self.pool = Pool(pool_path())
         self.robots = {
@@ -172,46 +205,73 @@ class Agent:
                     latches=str(latches),
                 ),
                 self.folder,
+                self.logs,
             )
             for name, robot in config.robots.items()
         }
         self.host = host
 
     def run(self, keep_going: Callable[[], bool], on_round: Callable[[], None]) -> None:
-        """Serve until asked to stop. on_round: called about ten times a second."""
-        reported_s = gpus_s = -1e9
+        """Serve until asked to stop. on_round: called about twice a second.
+
+        The heartbeat has a thread of its own: neither the pool's disk nor a slow nvidia-smi may
+        end the leases.
+        """
+        heartbeat = threading.Thread(target=self._heartbeat, name="heartbeat", daemon=True)
+        gpus = threading.Thread(target=self._watch_gpus, name="gpus", daemon=True)
         try:
             for robot in self.robots.values():
-                robot.start()
                 self.pool.register(robot.record(), health="absent", reason="starting")
+                self._registered.append(robot.config.id)
+            self._exchange()
+            for robot in self.robots.values():
+                robot.bar()
+                robot.start()
+            heartbeat.start()
+            if self._config.gpus:
+                gpus.start()
+            reported_s = 0.0
             while keep_going():
                 started_s = time.monotonic()
-                rows = {row.id: row for row in self.pool.devices()}
                 for robot in self.robots.values():
                     robot.start()
-                    robot.supervise(*_lease(rows.get(robot.config.id)))
-                if started_s - reported_s >= _REPORT_S:
-                    reported_s = started_s
-                    for robot in self.robots.values():
-                        robot.report(self.pool)
-                if self._config.gpus and started_s - gpus_s >= _GPUS_S:
-                    gpus_s = started_s
-                    self._report_gpus()
+                with contextlib.suppress(PoolBusyError, StorageFullError):
+                    self._exchange()
+                    if started_s - reported_s >= _REPORT_S:
+                        reported_s = started_s
+                        for robot in self.robots.values():
+                            robot.report(self.pool)
                 on_round()
                 time.sleep(max(0.0, _SUPERVISE_S - (time.monotonic() - started_s)))
         finally:
+            self._closing.set()
+            if heartbeat.ident is not None:
+                heartbeat.join(timeout=2.0)
             self._close()
 
-    def _report_gpus(self) -> None:
-        for record, gpu in gpu_records(self.host):
-            self.pool.register(record)
-            self.pool.update(
-                record.id,
-                health="ready",
-                load=gpu.load,
-                temperature_c=gpu.temperature_c,
-                detail=gpu.detail,
-            )
+    def _exchange(self) -> None:
+        rows = {row.id: row for row in self.pool.devices()}
+        for robot in self.robots.values():
+            robot.leased(rows.get(robot.config.id))
+
+    def _heartbeat(self) -> None:
+        while not self._closing.wait(_SUPERVISE_S):
+            for robot in self.robots.values():
+                robot.supervise()
+
+    def _watch_gpus(self) -> None:
+        while not self._closing.is_set():
+            with contextlib.suppress(LeaseError, StorageFullError):
+                for record, gpu in gpu_records(self.host):
+                    self.pool.register(record)
+                    self.pool.update(
+                        record.id,
+                        health="ready",
+                        load=gpu.load,
+                        temperature_c=gpu.temperature_c,
+                        detail=gpu.detail,
+                    )
+            self._closing.wait(_GPUS_S)
 
     def _close(self) -> None:
         for robot in self.robots.values():
@@ -219,14 +279,11 @@ class Agent:
         deadline_s = time.monotonic() + _STOP_S
         for robot in self.robots.values():
             robot.wait(deadline_s)
+        for name in self._registered:
             with contextlib.suppress(EmbodiedError):
-                self.pool.remove(robot.config.id)
+                self.pool.remove(name)
         self.pool.close()
-
-
-def _lease(row: DeviceStatus | None) -> tuple[int, str]:
-    """Token and holder of the lease that stands; (0, "") if there is none."""
-    return (0, "") if row is None or not row.holder else (row.token, row.holder)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def stop_signals() -> Callable[[], bool]:

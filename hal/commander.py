@@ -150,7 +150,10 @@ class Commander:
             rows = path_HD[done : done + 3 * _AHEAD_TICKS].astype(self.spec.action.dtype)
             lead = 1 if self.device.realtime else 0
             first = frame.tick + lead
-            self.send(rows, obs_tick=frame.tick, start_tick=first)
+            ticket = self.send(rows, obs_tick=frame.tick, start_tick=first)
+            for rejection in ticket.rejections:
+                if rejection.code in ("start", "workspace", "nonfinite", "shape"):
+                    raise EmbodiedError(f"{self.device.info.id}: {rejection.reason}")
             self.device.advance(first + _AHEAD_TICKS)
             done += self.device.latest().tick + lead - first
         else:

@@ -19,8 +19,8 @@ from hal.control.history import History
 from hal.control.pace import Pace
 from hal.control.senses import Senses
 from hal.health import DeviceInfo, Monitor
-from hal.safety.config import SIMULATED, Bounds, Envelope, SafetyConfig, Workspace
-from hal.safety.latch import Latch
+from hal.safety.config import SIMULATED, Bounds, Envelope, SafetyConfig, Workspace, check_fit
+from hal.safety.guard import Guard
 from hal.safety.limits import Limits
 from hal.safety.violations import Violations
 
@@ -61,7 +61,9 @@ class Device:
         self._senses = Senses(driver, self._cameras, self.spec, self._clock, safety.lost_after)
         self._host_limits = Envelope.of(self.spec).tightened(safety.bounds, "safety.bounds")
         self._envelope = self._host_limits
-        workspace = None if safety.workspace is None else Workspace(safety.workspace)
+        check_fit(self.spec, safety)
+        joints = self.spec.action.size
+        workspace = None if safety.workspace is None else Workspace(safety.workspace, joints)
         limits = Limits(self.spec, safety, workspace)
         self._commands = Commands(self.spec, limits)
         if safety.heartbeat_s is not None:
@@ -76,11 +78,10 @@ class Device:
         self._taken = False
         self._info = replace(info, tick_hz=self.spec.tick_hz)
         self._monitor = Monitor()
-        self._latch = Latch(latches, info.id)
+        self._guard = Guard(safety, latches, info.id)
         self._history = History(frame_capacity, info.id)
         self._open: Frame | None = None
-        self._heard_ns = self._own_ns = 0
-        self._late_ticks = self._breaks = 0
+        self._own_ns, self._breaks, self._late_s = 0, 0, 0.0
         self._changed = threading.Condition(threading.RLock())
         self._io = threading.RLock()
         self._thread: threading.Thread | None = None
@@ -119,9 +120,8 @@ class Device:
             self._connect(0)
         except Exception as error:
             self._cameras.close()
-            raise (
-                error if isinstance(error, EmbodiedError) else self._lost("open", error)
-            ) from error
+            lost = self._lost("open", error)
+            raise (error if isinstance(error, EmbodiedError) else lost) from error
         if self._realtime:
             self._thread = threading.Thread(target=self._run, name=self._info.id, daemon=True)
             self._thread.start()
@@ -147,7 +147,7 @@ class Device:
         with self._changed:
             tick = self._opened().tick + self._taken
             if chunk.lease_token == self._commands.token:
-                self._heard_ns = self._clock.now_ns()
+                self._guard.heard(self._clock.now_ns())
             places = self._execution.places(self._opened().observation)
             ticket = self._commands.submit(chunk, tick, self._envelope, places)
             for rejection in ticket.rejections:
@@ -165,10 +165,11 @@ class Device:
             envelope = self._host_limits
             if bounds is not None:
                 envelope = envelope.tightened(bounds, "lease bounds")
+            self._commands.check_newer(token)
             self._execution.limit(envelope, strict=bounds is not None)
             self._commands.grant(token, holder)
             self._envelope = envelope
-            self._heard_ns = self._clock.now_ns()
+            self._guard.heard(self._clock.now_ns())
             self._monitor.holder = holder
             self._stop_if_halted()
 
@@ -194,7 +195,7 @@ class Device:
             if token != self._commands.token:
                 return f"lease {token} has ended; {self._commands.token} is the newest"
             if not self._commands.held:
-                self._heard_ns = self._clock.now_ns()
+                self._guard.heard(self._clock.now_ns())
             return self._commands.held
 
     def advance(self, until_tick: int, timeout_s: float = 60.0) -> None:
@@ -220,16 +221,15 @@ class Device:
     def halt(self, reason: str) -> None:
         """Decelerate, hold and latch, until a person clears it. Idempotent, from any thread."""
         with self._changed:
-            self._latch.set(reason)
+            self._guard.halt(reason)
             self._stop_if_halted()
             self._changed.notify_all()
 
     def clear(self) -> None:
         """Leave the halted state; for a person on the host. Commands need a new lease."""
         with self._changed:
-            self._latch.clear()
+            self._guard.clear()
             self._violations.clear()
-            self._late_ticks = 0
             self._stop_if_halted()
 
     def render(self, width: int, height: int) -> np.ndarray | None:
@@ -241,8 +241,9 @@ class Device:
         """Come to a stop, hold and disconnect; safe to call twice."""
         if self._thread is not None:
             self.revoke("closing")
-            deadline_s = time.monotonic() + self._execution.stopping_s + 0.5
-            while not self._execution.still and time.monotonic() < deadline_s:
+            rounds = int((self._execution.stopping_s + 0.5) / _POLL_S)
+            while rounds and (not self._execution.still or len(self._commands)):
+                rounds -= 1
                 time.sleep(_POLL_S)
         self._closing = True
         if self._thread is not None:
@@ -309,20 +310,21 @@ class Device:
 
     def _servo_step(self) -> None:
         """Drive one set point in time; a tick's first plans its motion, its last turns the tick."""
-        if self._pace.wait():
-            self._monitor.count("overruns", degrades=True)
+        self._late_s = max(self._late_s, late_s := self._pace.wait())
+        self._monitor.count("overruns", late_s > 0, degrades=True)
         started_ns = time.monotonic_ns()
         with self._changed:
             last, breaks = self._pace.last, self._breaks
             if self._pace.first:
-                self._watch()
-                self._plan()
-        planned_ns = time.monotonic_ns()
+                self._watch(self._late_s)
+                self._late_s = 0.0
         with self._io:
             try:
+                if self._pace.first:
+                    self._plan()
+                planned_ns = time.monotonic_ns()
                 self._execution.drive()
                 driven_ns = time.monotonic_ns()
-                sensing_ns = time.monotonic_ns()
                 observation = self._senses.read() if last else None
             except Exception as error:
                 raise self._lost("tick", error) from error
@@ -332,37 +334,35 @@ class Device:
             if breaks != self._breaks:
                 return
             self._pace.stepped()
+            self._own_ns += planned_ns - started_ns
             if observation is not None:
                 sensed_ns = time.monotonic_ns()
                 self._turn(observation)
-                self._monitor.hops.add("sense", sensed_ns - sensing_ns)
-                own_ns = self._own_ns + time.monotonic_ns() - sensed_ns
-                self._monitor.hops.add("own", own_ns + planned_ns - started_ns)
+                self._monitor.hops.add("sense", sensed_ns - driven_ns)
+                self._monitor.hops.add("own", self._own_ns + time.monotonic_ns() - sensed_ns)
                 self._own_ns = 0
-            else:
-                self._own_ns += planned_ns - started_ns
         self._monitor.hops.add("drive", driven_ns - planned_ns)
 
     def _plan(self) -> None:
         """Take the open tick's command out of the queue and plan its execution."""
-        tick, self._taken, stopping = self._opened().tick, True, bool(self._monitor.halted)
-        command = None if stopping else self._commands.pop(tick)
-        event = self._execution.plan(command, self._commands.coming(tick + 1, 2))
-        if event and not (stopping or self._commands.held):
-            self._monitor.count(event, degrades=True)
+        with self._changed:
+            tick, self._taken, stopping = self._opened().tick, True, bool(self._monitor.halted)
+            command = None if stopping else self._commands.pop(tick)
+            event = self._execution.plan(command, self._commands.coming(tick + 1, 2))
+            if event and not (stopping or self._commands.held):
+                self._monitor.count(event, degrades=True)
 
-    def _watch(self) -> None:
-        """Heartbeat and latch, looked at every tick."""
+    def _watch(self, late_s: float) -> None:
+        """Latch and heartbeat, looked at every tick."""
         self._stop_if_halted()
-        silent_s = (self._clock.now_ns() - self._heard_ns) / 1e9
-        limit_s = self.safety.heartbeat_s
-        if limit_s is not None and silent_s > limit_s and not self._commands.held:
+        silence = self._guard.silence(self._clock.now_ns(), late_s)
+        if silence and not self._commands.held:
             self._monitor.count("heartbeats lost", degrades=True)
-            self.revoke(f"holder silent for {silent_s:.2f} s")
+            self.revoke(silence)
 
     def _stop_if_halted(self) -> None:
-        self._latch.refresh()
-        self._monitor.halted = self._latch.reason
+        self._guard.look()
+        self._monitor.halted = self._guard.halted
         if self._monitor.halted:
             self._commands.clear()
             if not self._commands.held:
@@ -371,13 +371,13 @@ class Device:
     def _turn(self, observation: Observation) -> None:
         """Close the open frame and open the next one."""
         frame = self._opened()
-        self._late_ticks = self._late_ticks + 1 if self._pace.turn() else 0
-        if self.safety.overruns and self._late_ticks >= self.safety.overruns:
-            self.halt(f"{self._late_ticks} deadlines missed in a row")
+        if fault := self._guard.tick(late=self._pace.turn()):
+            self.halt(fault)
         if self._senses.failed:
             self._monitor.count("failed reads", degrades=True)
         elif fault := self._execution.violation(observation):
             self.halt(fault)
+            self._execution.start(observation)
         if (condition := self._senses.condition()) is not None:
             self._monitor.condition_is(condition)
             if condition.fault:

@@ -118,7 +118,7 @@ class Monitor:
         now_s = time.monotonic()
         reasons = [
             f"{n} {event} lately"
-            for event, (since_s, n) in self._recent.items()
+            for event, (since_s, n) in list(self._recent.items())
             if now_s - since_s < self._degraded_s
         ]
         hot = self.condition.temperature_c

@@ -136,7 +136,7 @@ class RemoteDevice:
     def frames(self, since_tick: int) -> list[Frame]:
         """Every frame from `since_tick` to the newest fetched one, in order."""
         if self._kept and since_tick < self._kept[0].tick:
-            raise EmbodiedError(
+            raise DeviceLostError(
                 f"{self._described.id}: frames before tick {self._kept[0].tick} are gone "
                 f"(asked for {since_tick})"
             )
@@ -222,7 +222,7 @@ class RemoteDevice:
             return
         while self._kept and self._kept[-1].tick >= frames[0].tick:
             self._kept.pop()
-        if self._kept and frames[0].tick != self._kept[-1].tick + 1:
+        if since_tick is None and self._kept and frames[0].tick != self._kept[-1].tick + 1:
             self._kept.clear()
         self._kept.extend(frames)
         size = max(1, sum(value.nbytes for value in frames[-1].observation.values()))

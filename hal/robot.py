@@ -1,5 +1,6 @@
 """A robot as configuration: its driver, cameras, protections and what it is good for."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,11 @@ import msgspec
 
 from embodied.core.clock import RealClock
 from embodied.core.config import component
+from embodied.core.errors import ConfigError
 from embodied.core.protocols import Camera, Driver
 from hal.device import Device
 from hal.health import DeviceInfo
-from hal.safety.config import SafetyConfig
+from hal.safety.config import Envelope, SafetyConfig, Workspace, check_fit
 
 _LEAST_FRAMES, _MOST_FRAMES, _FRAME_BYTES = 64, 4096, 256 << 20
 
@@ -68,7 +70,16 @@ def socket_name(device_id: str) -> str:
 
 def check_robot(robot: RobotConfig, where: str) -> None:
     """Raise ConfigError for names or options that do not exist; nothing is opened."""
-    component("drivers", robot.driver, f"{where}.driver")
+    cls, _ = component("drivers", robot.driver, f"{where}.driver")
+    if not getattr(cls, "SLOW_TO_MAKE", False):
+        spec = make_driver(robot).spec
+        check_fit(spec, robot.safety)
+        Envelope.of(spec).tightened(robot.safety.bounds, f"{where}.safety.bounds")
+        if robot.safety.workspace is not None:
+            Workspace(robot.safety.workspace, spec.action.size)
+    for name in robot.estop_inputs:
+        if not os.access(name, os.R_OK):
+            raise ConfigError(f"{where}.estop_inputs: {name} cannot be read")
     for name, camera in robot.cameras.items():
         component("cameras", camera, f"{where}.cameras.{name}")
 

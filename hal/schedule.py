@@ -24,13 +24,17 @@ class ChunkSchedule:
         self._start_tick = 0
         self._actions_HD: np.ndarray | None = None
         self.delays: deque[int] = deque(maxlen=_WINDOW)
+        self._spare = 1
         self.starved = 0
         self.next_tick = 0
 
     @property
     def delay(self) -> int:
-        """d: ticks from an observation to the first action that it can still decide."""
-        return max(self.delays, default=1) if self._realtime else 0
+        """d: ticks from an observation to the first action that it can still decide, at most what
+        a chunk covers beyond the actions between two decisions."""
+        if not self._realtime:
+            return 0
+        return max(1, min(max(self.delays, default=1), self._spare))
 
     def begin(self, tick: int) -> None:
         """A new episode: decide at its first tick; nothing is committed."""
@@ -56,6 +60,7 @@ class ChunkSchedule:
 
         Returns the first tick to submit and the actions from there on; notes the delay.
         """
+        self._spare = len(actions_HD) - n_action_steps
         start = min(self.delay, len(actions_HD) - 1)
         if self._realtime:
             needed = int(np.ceil(elapsed_s * self._tick_hz))

@@ -18,7 +18,7 @@ def run(options: argparse.Namespace) -> int:
     config = core_config.convert(core_config.compose("agent", options.overrides), AgentConfig)
     console = Console(highlight=False, markup=False)
     agent = Agent(config)
-    console.print(f"agent of {agent.host}: {', '.join(agent.robots)}; logs in {agent.folder}")
+    console.print(f"agent of {agent.host}: {', '.join(agent.robots)}; logs in {agent.logs}")
     shown: dict[str, tuple[str, str]] = {}
 
     def show() -> None:

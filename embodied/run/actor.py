@@ -78,7 +78,7 @@ class Actor:
         self.rollout: Rollout | None = None
         self.latencies_s: list[float] = []
         self.version = -1
-        self.ticks = self.losses = 0
+        self.ticks = self.losses = self.rejected = 0
         self.fault = ""
         self._ready()
 
@@ -134,6 +134,9 @@ class Actor:
         rollout.latencies_s.clear()
         self.ticks += rollout.ticks
         rollout.ticks = 0
+        self.rejected += rollout.rejected
+        self.fault = f"chunks refused: {rollout.refusal}" if rollout.rejected else ""
+        rollout.rejected = 0
         for result in results:
             self._in_hand[result.row] = False
             self._note(result.demonstration, result.success, result.ticks)

@@ -151,7 +151,11 @@ def _act(context: Context, actor: Any, sink: BufferClient, results: list[Any]) -
         elapsed_s = time.monotonic() - started_s
         if elapsed_s >= _REPORT_S:
             rate = (actor.ticks - ticks) / elapsed_s
-            row: dict[str, Any] = {"steps_per_s": rate, "unacknowledged": sink.unacknowledged}
+            row: dict[str, Any] = {
+                "steps_per_s": rate,
+                "unacknowledged": sink.unacknowledged,
+                "rejected": actor.rejected,
+            }
             if actor.latencies_s:
                 row["latency_ms"] = [round(1e3 * x, 3) for x in actor.latencies_s]
                 row["weight_age_s"] = [round(x, 3) for x in ages_s]

@@ -49,7 +49,7 @@ class Result:
 @dataclass(slots=True)
 class _Row:
     """A running episode. handed: a person acts now. sources: of each chunk by its number, the
-    policy version and whether it was an intervention."""
+    policy version and whether it was an intervention; source: of the last one that moved."""
 
     start: Start
     first_tick: int
@@ -61,6 +61,7 @@ class _Row:
     version: int = -1
     handed: bool = False
     sources: dict[int, tuple[int, bool]] = field(default_factory=dict)
+    source: tuple[int, bool] | None = None
 
 
 class Rollout:
@@ -100,6 +101,7 @@ class Rollout:
         ]
         self._realtime = group.devices[0].realtime
         self.rejected = 0
+        self.refusal = ""
         self._policy: Policy | None = None
         self.version = -1
         self.latencies_s: list[float] = []
@@ -263,6 +265,7 @@ class Rollout:
         if all(rejection.code == "late" for rejection in ticket.rejections):
             return
         self.rejected += 1
+        self.refusal = "; ".join(rejection.reason for rejection in ticket.rejections)
         if not self._realtime:
             raise EmbodiedError(
                 f"{self._group.devices[index].info.id} rejected a chunk: "
@@ -272,7 +275,9 @@ class Rollout:
     def _advance(self, index: int, row: _Row, closed: Frame, following: Frame) -> Outcome:
         elapsed = following.tick - row.first_tick
         outcome = self._task.judge(following, elapsed)
-        version, supervised = row.sources.get(closed.seq, (row.version, self._supervised(row)))
+        if closed.seq in row.sources:
+            row.source = row.sources[closed.seq]
+        version, supervised = row.source or (row.version, row.handed or self._supervised(row))
         row.interventions += supervised
         row.total_reward += outcome.reward
         for name, value in {**following.signals, "reward": outcome.reward}.items():

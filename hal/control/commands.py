@@ -39,14 +39,18 @@ class Commands:
 
     def grant(self, token: int, holder: str) -> None:
         """Take a new holder. Raises LeaseError unless the token is newer than all before."""
-        if token <= self._newest_token:
-            raise LeaseError(f"lease token {token} is not newer than {self._newest_token}")
+        self.check_newer(token)
         self.token = self._newest_token = token
         self.holder = holder
         self.held = ""
         self._order = (-1, -1)
         self._started = False
         self._queue.clear()
+
+    def check_newer(self, token: int) -> None:
+        """Raise LeaseError unless a token is newer than all before."""
+        if token <= self._newest_token:
+            raise LeaseError(f"lease token {token} is not newer than {self._newest_token}")
 
     def next_token(self) -> int:
         """A token newer than all before, for holders in this process."""
@@ -75,10 +79,11 @@ class Commands:
         fault = self._fault(chunk)
         if fault is not None:
             return self._refused(chunk, tick, *fault)
-        checked = self._limits.check(chunk, tick, envelope)
+        checked = self._limits.check(chunk, tick, envelope, places)
         rows = checked.actions_HD
         if len(rows) and places and not self._started:
-            far = self._limits.start_fault(rows[0], *places)
+            first_D = chunk.actions_HD[checked.first_tick - chunk.start_tick]
+            far = self._limits.start_fault(first_D, *places)
             if far:
                 return self._refused(chunk, tick, "start", far)
         self._order = (chunk.epoch, chunk.seq)

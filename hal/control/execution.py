@@ -133,6 +133,7 @@ class MotionExecution:
         self._motion = Motion(spec, envelope, workspace)
         self._violations = violations
         self._envelope = envelope
+        self._coming: Envelope | None = None
         self._seq: int | None = None
         self._planned_D = self._motion.position_D
         self.steps = self._motion.steps
@@ -141,14 +142,14 @@ class MotionExecution:
         """Stand still where it was measured."""
         self._seq = None
         self._motion.start(observation[self._measured])
-        self._violations.clear()
+        self._violations.begin(observation[self._measured], self._envelope)
 
     def limit(self, envelope: Envelope, *, strict: bool) -> None:
-        """Limit position, velocity, acceleration and jerk."""
+        """Limit position, velocity, acceleration and jerk, once the robot stands: until then it
+        brakes under the limits that its stop was proven with."""
         if strict:
-            check_envelope(envelope, self._motion.position_D, "lease bounds")
-        self._envelope = envelope
-        self._motion.limit(envelope)
+            check_envelope(envelope, self._motion.rest_D, "lease bounds")
+        self._coming = None if envelope == self._envelope else envelope
 
     def places(self, observation: Observation) -> tuple[np.ndarray, ...]:
         """Measured and commanded position."""
@@ -156,6 +157,11 @@ class MotionExecution:
 
     def plan(self, command: Command | None, coming: Sequence[np.ndarray]) -> str:
         """Plan a trajectory to the command, or the stop."""
+        if self._coming is not None and self._motion.still:
+            self._envelope, self._coming = self._coming, None
+            self._motion.limit(self._envelope)
+        if self._coming is not None:
+            command = None
         self._seq = None if command is None else command.seq
         if command is None:
             moving = not self._motion.still

@@ -22,7 +22,7 @@ class History:
 
     def since(self, tick: int, newest: Frame) -> list[Frame]:
         """Frames from a tick on, with the open one. Raises DeviceLostError if some are gone."""
-        if tick <= self._evicted_tick:
+        if tick <= self._evicted_tick and self._evicted_tick >= 0:
             raise DeviceLostError(
                 f"{self._name}: frames up to tick {self._evicted_tick} are gone "
                 f"(asked for {tick}); read more often or raise frame_capacity"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import ruckig  # pyright: ignore[reportMissingTypeStubs]
 
-from embodied.core.errors import ConfigError, EmbodiedError
+from embodied.core.errors import ConfigError, DeviceLostError, EmbodiedError
 from embodied.core.specs import DeviceSpec
 from hal.safety.config import Envelope, Workspace
 
@@ -66,7 +66,8 @@ class Motion:
         self.limit(envelope)
 
     def limit(self, envelope: Envelope) -> None:
-        """Use these limits from the next tick on."""
+        """Use these limits from the next tick on; only for a standing robot, whose stop is proven
+        under the old ones."""
         self._low: list[float] = envelope.low.tolist()
         self._high: list[float] = envelope.high.tolist()
         self._velocity: list[float] = envelope["velocity"].tolist()
@@ -78,6 +79,11 @@ class Motion:
         longest = longest + 2 * envelope["acceleration"] / envelope["jerk"]
         self.stopping_s = float(longest.max())
         """Longest time from any state to standstill."""
+
+    @property
+    def rest_D(self) -> np.ndarray:
+        """Where the proven stop ends [D]."""
+        return np.array(self._stop.at_time(self._stop.duration)[0])
 
     @property
     def position_D(self) -> np.ndarray:
@@ -92,6 +98,8 @@ class Motion:
 
     def start(self, position_D: np.ndarray) -> None:
         """Stand still at a position; where it is beyond a limit, it may only move inwards."""
+        if not np.isfinite(position_D).all():
+            raise DeviceLostError(f"the measured position is {position_D}")
         self._state = (position_D.astype(np.float64).tolist(), self._zeros, self._zeros)
         self._past.clear()
         self._plan.clear()
@@ -114,7 +122,7 @@ class Motion:
         given.current_acceleration = acceleration
         given.max_velocity = [m - v for m, v in zip(self._velocity, speed, strict=True)]
         given.min_velocity = [-m - v for m, v in zip(self._velocity, speed, strict=True)]
-        if self._solver.calculate(given, self._path) not in _SOLVED:
+        if not self._solved(given, self._path):
             self.guarded = "no trajectory"
             return self._take_stop()
         plan: list[_State] = []
@@ -185,11 +193,12 @@ class Motion:
                 return "position limit"
         if self._workspace is None:
             return ""
+        allowed_m = self._workspace.outside_m(np.array(self._state[0]))
         points = [point for point, _, _ in plan]
         for k in range(1, int(np.ceil(self._proof.duration / self._step_s)) + 1):
             points.append(self._proof.at_time(k * self._step_s)[0])
         for point in points:
-            if fault := self._workspace.fault(np.array(point)):
+            if fault := self._workspace.fault(np.array(point), allowed_m):
                 return fault
         return ""
 
@@ -198,9 +207,14 @@ class Motion:
         given.current_position, given.current_velocity, given.current_acceleration = state
         given.target_velocity = self._zeros
         given.target_acceleration = self._zeros
-        result = self._solver.calculate(given, to)
-        if result not in _SOLVED:
-            raise EmbodiedError(f"no stop from velocity {state[1]}: {result}")
+        if not self._solved(given, to):
+            raise EmbodiedError(f"no stop from velocity {state[1]}, acceleration {state[2]}")
+
+    def _solved(self, given: Any, to: Any) -> bool:
+        try:
+            return self._solver.calculate(given, to) in _SOLVED
+        except _ruckig.RuckigError:
+            return False
 
 
 def check_envelope(envelope: Envelope, position_D: np.ndarray, where: str) -> None:

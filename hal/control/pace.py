@@ -2,13 +2,18 @@
 
 from embodied.core.clock import Clock
 
+_TOLERANCE = 0.25
+_LEAST_TOLERANCE_NS = 2_000_000
+
 
 class Pace:
-    """Ticks of equal steps on a clock."""
+    """Ticks of equal steps on a clock. A step is late by more than a quarter of its period (at
+    least 2 ms); time then starts anew, so that no two set points follow each other in haste."""
 
     def __init__(self, clock: Clock, tick_hz: float, steps: int, *, realtime: bool) -> None:
         self._clock = clock
         self._period_ns = round(1e9 / (tick_hz * steps))
+        self._tolerance_ns = max(_LEAST_TOLERANCE_NS, round(_TOLERANCE * self._period_ns))
         self._steps = steps
         self._realtime = realtime
         self._next_ns = 0
@@ -31,15 +36,17 @@ class Pace:
         """Whether the coming step is its tick's last."""
         return self._step == self._steps - 1
 
-    def wait(self) -> bool:
-        """Return when the step is due; whether that had been missed, and time starts anew."""
+    def wait(self) -> float:
+        """Return when the step is due: 0, or how late it is in seconds."""
         self._next_ns += self._period_ns
-        if self._realtime and self._clock.now_ns() - self._next_ns > self._period_ns:
-            self._next_ns = self._clock.now_ns()
-            self._late = True
-            return True
+        if self._realtime:
+            late_ns = self._clock.now_ns() - self._next_ns
+            if late_ns > self._tolerance_ns:
+                self._next_ns += late_ns
+                self._late = True
+                return late_ns / 1e9
         self._clock.sleep_until(self._next_ns)
-        return False
+        return 0.0
 
     def stepped(self) -> None:
         """The step is done."""

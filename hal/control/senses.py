@@ -1,6 +1,9 @@
 """What a device observes in a tick: its driver's reading and the cameras' newest pictures."""
 
+import numpy as np
+
 from embodied.core.clock import Clock
+from embodied.core.errors import DeviceLostError
 from embodied.core.frames import Frame, Observation
 from embodied.core.protocols import Condition, Driver, Monitored, SimulatedDriver
 from embodied.core.specs import DeviceSpec
@@ -31,14 +34,21 @@ class Senses:
     def begin(self) -> Observation:
         """The first reading; whatever it raises is passed on."""
         self.failed = 0
-        self._last, self._last_ns = self._driver.sense(), self._clock.now_ns()
+        self._sense()
         return self._last
+
+    def _sense(self) -> None:
+        observation = self._driver.sense()
+        for key, value in observation.items():
+            if value.dtype.kind == "f" and not np.isfinite(value).all():
+                raise DeviceLostError(f"{key} is not finite: {value}")
+        self._last, self._last_ns = observation, self._clock.now_ns()
 
     def read(self) -> Observation:
         """A new reading, or the last one, whose age its time tells. Raises what the driver raised
         when that has happened too often."""
         try:
-            self._last, self._last_ns = self._driver.sense(), self._clock.now_ns()
+            self._sense()
         except Exception:
             self.failed += 1
             if self.failed >= self._lost_after:

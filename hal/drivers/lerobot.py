@@ -65,6 +65,7 @@ class LeRobot:
     """
 
     Config: ClassVar = LeRobotConfig
+    SLOW_TO_MAKE: ClassVar = True
 
     def __init__(self, config: LeRobotConfig) -> None:
         self._config = config

@@ -70,9 +70,8 @@ class GetFrames(_Message, frozen=True, tag="get_frames"):
 
 
 class Frames(_Message, frozen=True, tag="frames"):
-    """Frames with ticks first_tick, first_tick + 1, …; their contents come as arrays."""
+    """Frames in order of tick; their contents come as arrays."""
 
-    first_tick: int
     count: int
     signals: list[str]
 
@@ -140,6 +139,7 @@ class Status(_Message, frozen=True, tag="status"):
     voltage_v: float | None
     counts: dict[str, int]
     hops_ms: dict[str, tuple[float, float]]
+    incarnation: int
 
 
 DATA_REQUESTS = Describe | Submit | GetFrames | Pulse | Reset | Halt | Render
@@ -203,6 +203,7 @@ def ticket_of(header: Submitted, arrays: Mapping[str, np.ndarray]) -> Ticket:
 class _Columns:
     """Names of the arrays of a Frames message."""
 
+    tick: str = "tick"
     action: str = "action"
     executed: str = "executed"
     held: str = "held"
@@ -218,12 +219,13 @@ _AT = _Columns()
 def frames_message(
     frames: Sequence[Frame], spec: DeviceSpec
 ) -> tuple[Frames, dict[str, np.ndarray]]:
-    """Frames of consecutive ticks as message: one array [n, …] for each of their parts."""
+    """Frames as message: one array [n, …] for each of their parts."""
     if not frames:
-        return Frames(0, 0, []), {}
+        return Frames(0, []), {}
     nothing = np.zeros(spec.action.shape, spec.action.dtype)
     names = list(frames[0].signals)
     arrays: dict[str, np.ndarray] = {
+        _AT.tick: np.array([f.tick for f in frames], np.int64),
         _AT.action: np.stack([nothing if f.action is None else f.action for f in frames]),
         _AT.executed: np.array([f.action is not None for f in frames]),
         _AT.held: np.array([f.held for f in frames]),
@@ -235,7 +237,7 @@ def frames_message(
     for key in frames[0].observation:
         arrays[_AT.observation + key] = np.stack([f.observation[key] for f in frames])
         arrays[_AT.times + key] = np.array([f.t_ns[key] for f in frames], np.int64)
-    return Frames(frames[0].tick, len(frames), names), arrays
+    return Frames(len(frames), names), arrays
 
 
 def frames_of(header: Frames, arrays: Mapping[str, np.ndarray], spec: DeviceSpec) -> list[Frame]:
@@ -248,7 +250,7 @@ def frames_of(header: Frames, arrays: Mapping[str, np.ndarray], spec: DeviceSpec
             observation = {key: arrays[_AT.observation + key][k] for key in spec.observation}
             frames.append(
                 Frame(
-                    tick=header.first_tick + k,
+                    tick=int(arrays[_AT.tick][k]),
                     observation=observation,
                     t_ns={key: int(arrays[_AT.times + key][k]) for key in spec.observation},
                     action=arrays[_AT.action][k] if arrays[_AT.executed][k] else None,

@@ -26,6 +26,9 @@ from hal.robot import ServoConfig, make_device
 STEP, IDLE = b"s", b"i"
 """What the watchdog hears: a servo step was made; there is no robot to command."""
 
+PRESSED = b"e"
+"""What the watchdog says when an emergency stop input is pressed."""
+
 AGENT_SILENT_S = 0.5
 _POLL_S = 0.02
 _RETRY_S = 1.0
@@ -75,8 +78,11 @@ class Servo:
             time.sleep(_RETRY_S)
 
     def _serve(self) -> None:
-        while not self._stopping.is_set():
-            self._data.poll(0.1)
+        try:
+            while not self._stopping.is_set():
+                self._data.poll(0.1)
+        finally:
+            self._stopping.set()
 
     def _beat(self, what: bytes = STEP) -> None:
         if self._link is not None:
@@ -93,7 +99,10 @@ class Servo:
         now_ns = time.monotonic_ns()
         try:
             while True:
-                if not self._link.recv(16):
+                heard = self._link.recv(16)
+                if heard == PRESSED:
+                    self._device.halt("emergency stop input")
+                if not heard:
                     self._device.revoke("the watchdog is gone")
                     self._stopping.set()
                     return
@@ -127,6 +136,7 @@ class Servo:
             voltage_v=condition.voltage_v,
             counts=dict(info.counts),
             hops_ms=dict(info.hops_ms),
+            incarnation=self._incarnation,
         )
         return status, {}
 

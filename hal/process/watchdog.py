@@ -18,9 +18,10 @@ from pathlib import Path
 
 import msgspec
 
+from embodied.core.errors import StorageFullError
 from embodied.core.processes import die_with_parent, run_normally, run_urgently
 from embodied.core.protocols import SimulatedDriver
-from hal.process.servo import STEP
+from hal.process.servo import PRESSED, STEP
 from hal.robot import ServoConfig, make_driver
 from hal.safety.latch import HOST_STOP, latch_file, set_latch
 
@@ -67,9 +68,9 @@ class Watchdog:
             if self.stopping:
                 return
             self._say(why)
-            if why.startswith("stalled"):
-                set_latch(latch_file(Path(self._config.latches), self._config.id), why)
             self._recover()
+            if why.startswith("stalled"):
+                self._latch(self._config.id, why)
             failures = 0 if time.monotonic() - started_s > 60.0 else failures + 1
             time.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
 
@@ -100,15 +101,32 @@ class Watchdog:
                 pulsed_s = last_s
                 with contextlib.suppress(BrokenPipeError, TimeoutError):
                     link.send(b"w")
-                self._look_at_inputs()
+                self._look_at_inputs(link)
         return ""
 
-    def _look_at_inputs(self) -> None:
+    def _look_at_inputs(self, link: socket.socket) -> None:
+        """One that cannot be read counts as pressed. The servo process is told before the disk."""
         for name in self._config.robot.estop_inputs:
-            with contextlib.suppress(OSError):
-                if Path(name).read_text().strip() == "1":
-                    stop_file = latch_file(Path(self._config.latches), HOST_STOP)
-                    set_latch(stop_file, f"emergency stop input {name}")
+            try:
+                pressed = Path(name).read_text().strip() == "1"
+            except (OSError, UnicodeDecodeError):
+                pressed = True
+            if pressed:
+                with contextlib.suppress(BrokenPipeError, TimeoutError):
+                    link.send(PRESSED)
+                self._latch(HOST_STOP, f"emergency stop input {name}")
+
+    def _latch(self, device_id: str, reason: str) -> None:
+        """Try until it is on disk: a halt must not be lost to a full one."""
+        file = latch_file(Path(self._config.latches), device_id)
+        try:
+            set_latch(file, reason)
+        except (OSError, StorageFullError) as error:
+            self._say(f"cannot latch ({error}); trying again")
+            if not self.stopping:
+                timer = threading.Timer(1.0, self._latch, (device_id, reason))
+                timer.daemon = True
+                timer.start()
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         if process.poll() is None and self.stopping:

@@ -3,6 +3,7 @@
 These are functional protections, not a certified safety function (docs/safety.md).
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,16 @@ class SafetyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     def __post_init__(self) -> None:
         positive = ("max_obs_age_s", "max_ahead_s", "velocity_factor", "violations", "lost_after")
         for name in positive:
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"safety.{name} is {getattr(self, name)}; it must be positive")
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"safety.{name} is {value}; it must be positive and finite")
+        for name in ("committed_ticks", "overruns", "position_margin"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ConfigError(f"safety.{name} is {value}; it must be 0 or more, and finite")
         for name in ("heartbeat_s", "start_tolerance", "tracking_error"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"safety.{name} is {value}; it must be positive, or null")
 
 
@@ -88,6 +94,19 @@ SIMULATED = SafetyConfig(
     lost_after=1,
 )
 """What a simulator in its user's own process needs: commands are checked, nobody is watched."""
+
+
+def check_fit(spec: DeviceSpec, safety: SafetyConfig) -> None:
+    """Raise ConfigError for protections that a device without set points cannot have."""
+    if spec.motion is not None:
+        return
+    for name in ("start_tolerance", "tracking_error", "workspace"):
+        if getattr(safety, name) is not None:
+            raise ConfigError(
+                f"safety.{name} protects position-controlled devices, and this one declares no "
+                f"motion: give its driver velocity, acceleration and jerk, or set safety.{name} "
+                "to null and know that it is not there"
+            )
 
 
 class Envelope:
@@ -106,6 +125,11 @@ class Envelope:
             for name in ("velocity", "acceleration", "jerk"):
                 limits[name] = np.array(getattr(spec.motion, name), np.float64)
         return cls(limits)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Envelope) or self._limits.keys() != other._limits.keys():
+            return False
+        return all(np.array_equal(self._limits[k], other._limits[k]) for k in self._limits)
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._limits[name]
@@ -140,10 +164,13 @@ class Envelope:
         return Envelope(limits)
 
 
+_BOX_SLACK_M = 1e-6
+
+
 class Workspace:
     """Where a site of the robot is, by MuJoCo's forward kinematics, and whether it may be there."""
 
-    def __init__(self, config: WorkspaceConfig) -> None:
+    def __init__(self, config: WorkspaceConfig, joints: int = 1) -> None:
         mujoco = _mujoco()
         path = Path(config.model)
         if not path.is_file():
@@ -156,6 +183,13 @@ class Workspace:
             raise ConfigError(f"safety.workspace.site: {path} has no site '{config.site}'")
         self._low = np.array(config.low)
         self._high = np.array(config.high)
+        if not (self._low < self._high).all():
+            raise ConfigError(f"safety.workspace: low {config.low} is not below high {config.high}")
+        if self._model.nq < joints:
+            raise ConfigError(
+                f"safety.workspace.model: {path} has {self._model.nq} joint positions; the robot's "
+                f"action has {joints}"
+            )
 
     def tool(self, position_D: np.ndarray) -> np.ndarray:
         """Position [3] (m) of the site at joint positions [D]."""
@@ -163,11 +197,15 @@ class Workspace:
         self._kinematics(self._model, self._data)
         return self._data.site_xpos[self._site]
 
-    def fault(self, position_D: np.ndarray) -> str:
-        """Why the robot must not be there; "" if it may."""
+    def outside_m(self, position_D: np.ndarray) -> float:
+        """How far outside of the box the site is, 0 inside."""
         tool = self.tool(position_D)
-        if (tool < self._low).any() or (tool > self._high).any():
-            at = ", ".join(f"{x:.3f}" for x in tool)
+        return float(np.maximum(np.maximum(self._low - tool, tool - self._high), 0.0).max())
+
+    def fault(self, position_D: np.ndarray, allowed_m: float = 0.0) -> str:
+        """Why the robot must not be there; "" if it may. allowed_m: how far outside it is now."""
+        if self.outside_m(position_D) > allowed_m + _BOX_SLACK_M:
+            at = ", ".join(f"{x:.3f}" for x in self.tool(position_D))
             return f"tool would be at ({at}) m, outside of the workspace"
         return ""
 

@@ -1,4 +1,8 @@
-"""The halt that survives a restart: a file on the robot's host that only a person removes."""
+"""The halt that survives a restart: a file on the robot's host that only a person removes.
+
+Whatever is unclear counts as halted: a file without contents, one that cannot be read, a folder
+that is gone.
+"""
 
 import os
 import threading
@@ -14,6 +18,10 @@ from embodied.core.files import write_atomic
 HOST_STOP = "estop"
 """Name of the latch that halts every device of the host."""
 
+_NO_REASON = "no reason given"
+_RETRY_S = 1.0
+_JOIN_S = 5.0
+
 
 class _Record(msgspec.Struct, frozen=True):
     reason: str
@@ -21,56 +29,79 @@ class _Record(msgspec.Struct, frozen=True):
 
 
 class Latch:
-    """Latched halts of one device: its own file, and the host's emergency stop.
+    """Latched halts of one device: its own, and the host's emergency stop.
 
     Any process can set either, without asking the one that drives the robot, which looks for
-    both files at every tick. path None: a latch in memory, for simulators.
+    both files at every tick. folder None: a latch in memory, for simulators.
     """
 
     def __init__(self, folder: Path | None, device_id: str) -> None:
-        self._memory = ""
-        self._on_disk = False
-        self._files: tuple[Path, ...] = ()
+        self._own = self._host = ""
+        self._durable = False
+        self._writing: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._folder = folder
         if folder is not None:
-            self._files = (latch_file(folder, device_id), latch_file(folder, HOST_STOP))
+            folder.mkdir(parents=True, exist_ok=True)
+            self._own_file = latch_file(folder, device_id)
+            self._host_file = latch_file(folder, HOST_STOP)
 
     @property
     def reason(self) -> str:
-        """Why the device is halted; "" if it is not."""
-        if self._memory:
-            return self._memory
-        for file in self._files:
-            if os.path.exists(file):
-                self._memory = latch_reason(file)
-                self._on_disk = True
-                return self._memory
-        return ""
+        """Why the device is halted, as of the last look; "" if it is not."""
+        return self._own or self._host
+
+    def look(self) -> None:
+        """Read the files: a halt is new, or a person has removed one."""
+        if self._folder is None:
+            return
+        self._host = self._seen(self._host_file, self._host)
+        own = self._seen(self._own_file, self._own)
+        with self._lock:
+            if own:
+                self._own, self._durable = own, True
+            elif self._durable:
+                self._own, self._durable = "", False
 
     def set(self, reason: str) -> None:
         """Latch, in memory at once and on disk by a thread; a reason that stands is kept."""
-        if self.reason:
-            return
-        self._memory = reason
-        if self._files:
-            threading.Thread(target=self._persist, args=(reason,), name="latch").start()
-
-    def _persist(self, reason: str) -> None:
-        try:
-            set_latch(self._files[0], reason)
-            self._on_disk = True
-        except (OSError, StorageFullError) as error:
-            self._memory = f"{reason} (will not survive a restart: {error})"
-
-    def refresh(self) -> None:
-        """Forget what memory holds if a person has removed the files."""
-        if self._on_disk and not any(map(os.path.exists, self._files)):
-            self._memory, self._on_disk = "", False
+        with self._lock:
+            if self._own:
+                return
+            self._own = reason or _NO_REASON
+            if self._folder is None:
+                return
+            self._writing = threading.Thread(target=self._persist, args=(self._own,), daemon=True)
+        self._writing.start()
 
     def clear(self) -> None:
         """Remove the device's own latch; for a person on the host. Not the host's stop."""
-        self._memory, self._on_disk = "", False
-        if self._files:
-            self._files[0].unlink(missing_ok=True)
+        with self._lock:
+            self._own, self._durable = "", False
+        if self._writing is not None:
+            self._writing.join(timeout=_JOIN_S)
+        if self._folder is not None:
+            self._own_file.unlink(missing_ok=True)
+
+    def _persist(self, reason: str) -> None:
+        while self._own and not self._durable:
+            try:
+                set_latch(self._own_file, reason)
+            except (OSError, StorageFullError):
+                time.sleep(_RETRY_S)
+            else:
+                with self._lock:
+                    self._durable = bool(self._own)
+
+    def _seen(self, file: Path, known: str) -> str:
+        """The file's reason; "" only if it is certain that there is none."""
+        try:
+            os.lstat(file)
+        except FileNotFoundError:
+            return "" if os.path.isdir(file.parent) else "the folder of the latches is gone"
+        except OSError as error:
+            return known or f"{file} cannot be looked for: {error.strerror}"
+        return known or latch_reason(file) or _NO_REASON
 
 
 def latch_file(folder: Path, device_id: str) -> Path:
@@ -78,19 +109,30 @@ def latch_file(folder: Path, device_id: str) -> Path:
     return folder / f"{urllib.parse.quote(device_id, safe='')}.halt"
 
 
+def latched(folder: Path) -> list[str]:
+    """Ids with a latch of their own, HOST_STOP among them if it is set."""
+    return sorted(urllib.parse.unquote(path.stem) for path in folder.glob("*.halt"))
+
+
 def set_latch(file: Path, reason: str) -> None:
-    """Write a latch durably; one that stands is left as it is."""
-    if file.exists():
+    """Write a latch durably; one that stands is left as it is. On a full disk one without words.
+
+    Raises OSError or StorageFullError if not even that can be made.
+    """
+    if os.path.lexists(file):
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, msgspec.json.encode(_Record(reason, time.time())))
+    try:
+        write_atomic(file, msgspec.json.encode(_Record(reason or _NO_REASON, time.time())))
+    except (OSError, StorageFullError):
+        os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))
 
 
 def latch_reason(file: Path) -> str:
-    """Reason in a latch file; a file that cannot be read halts all the same."""
+    """Reason in a latch file, "" if there is none; one that cannot be read halts all the same."""
     try:
-        return msgspec.json.decode(file.read_bytes(), type=_Record).reason
+        return msgspec.json.decode(file.read_bytes(), type=_Record).reason or _NO_REASON
     except FileNotFoundError:
-        return ""
-    except (OSError, msgspec.DecodeError):
+        return "latched" if os.path.lexists(file) else ""
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return f"latched ({file.name} cannot be read)"

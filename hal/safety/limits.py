@@ -39,8 +39,13 @@ class Limits:
         self._max_ahead_ticks = round(safety.max_ahead_s * spec.tick_hz)
         self._tolerance = safety.start_tolerance
 
-    def check(self, chunk: Chunk, tick: int, envelope: Envelope) -> Checked:
-        """Clip what can be clipped, reject the rest. tick: the earliest still to be executed."""
+    def check(
+        self, chunk: Chunk, tick: int, envelope: Envelope, places: tuple[np.ndarray, ...]
+    ) -> Checked:
+        """Clip what can be clipped, reject the rest. tick: the earliest still to be executed.
+
+        places: where the robot is; from outside of its workspace it may only come nearer.
+        """
         end = end_tick(chunk)
         fault = self._fault(chunk, tick)
         if fault is not None:
@@ -63,8 +68,9 @@ class Limits:
         count = int((inside != rows).sum())
         inside[np.abs(inside) < _TINY] = 0.0
         if self._workspace is not None:
+            allowed_m = max((self._workspace.outside_m(place) for place in places), default=0.0)
             for k, row in enumerate(inside):
-                if outside := self._workspace.fault(row):
+                if outside := self._workspace.fault(row, allowed_m):
                     rejections.append(Rejection(first + k, last, "workspace", outside))
                     inside = inside[:k]
                     break

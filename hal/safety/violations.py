@@ -15,11 +15,19 @@ class Violations:
         self._names = spec.action.names or tuple(map(str, range(spec.action.size)))
         self._last: list[float] | None = None
         self._in_a_row = 0
+        self._margin = safety.position_margin
 
     def clear(self) -> None:
         """Begin to count anew."""
         self._in_a_row = 0
         self._last = None
+
+    def begin(self, measured_D: np.ndarray, envelope: Envelope) -> None:
+        """Begin to count anew where the robot is: from outside of its limits it may come in."""
+        self.clear()
+        beyond_D = np.maximum(envelope.low - measured_D, measured_D - envelope.high)
+        excess = max(0.0, float(beyond_D.max()))
+        self._margin = self._safety.position_margin + excess
 
     def check(self, measured_D: np.ndarray, commanded_D: np.ndarray, envelope: Envelope) -> str:
         """Take one tick's measurement; the violation once it has lasted, "" otherwise."""
@@ -28,7 +36,7 @@ class Violations:
         return fault if self._in_a_row >= self._safety.violations else ""
 
     def _fault(self, measured_D: np.ndarray, commanded_D: np.ndarray, envelope: Envelope) -> str:
-        margin, factor = self._safety.position_margin, self._safety.velocity_factor
+        margin, factor = self._margin, self._safety.velocity_factor
         most_error = self._safety.tracking_error
         measured = measured_D.tolist()
         last = measured if self._last is None else self._last

@@ -131,12 +131,16 @@ def test_a_servo_process_that_stops_is_killed_the_arm_held_and_the_halt_latched(
 @pytest.mark.slow
 def test_a_servo_process_that_dies_is_replaced_and_waits_for_a_new_lease(host, moving):
     pid = host.servo_pid()
+    old_token = host.pool.devices()[0].token
     os.kill(pid, signal.SIGKILL)
     assert host.standstill_s() <= STOPPING_S + NOISE_S
     check_limits(host)
     assert moving.wait(timeout=15) != 0
     host.wait("ready", "degraded")
     assert host.servo_pid() != pid
+    [row] = host.pool.devices()
+    with pytest.raises(LeaseError, match="has ended|held until"):
+        RemoteDevice(row.address, old_token).open()
     host.mover()
 
 
@@ -149,6 +153,8 @@ def test_a_watchdog_that_stops_or_dies_stops_the_arm(host, moving, number):
     check_limits(host)
     if number == signal.SIGSTOP:
         os.kill(pid, signal.SIGCONT)
+    assert moving.wait(timeout=15) != 0
+    time.sleep(3.0)
     host.wait("ready", "degraded", timeout_s=30)
     host.mover()
 
@@ -169,7 +175,7 @@ def test_the_emergency_stop_needs_no_agent_and_survives_its_restart(host, moving
 
     agent = host.agent_process
     os.kill(agent.pid, signal.SIGSTOP)
-    assert main(["estop", "--reason", "hand in the way"]) == 0
+    assert main(["estop", "--reason", "hand in the way"]) == 1, "no agent confirms it"
     assert host.standstill_s() <= STOPPING_S + NOISE_S
     os.kill(agent.pid, signal.SIGCONT)
     assert "hand in the way" in host.wait("halted")
@@ -180,3 +186,14 @@ def test_the_emergency_stop_needs_no_agent_and_survives_its_restart(host, moving
     assert main(["estop", "--clear"]) == 0
     host.wait("ready", "degraded")
     host.mover()
+
+
+def test_a_second_agent_for_the_same_robot_is_refused_and_harms_nothing(host):
+    host.virtual_arm(seed=7)
+    first = host.arm_agent()
+    host.wait("ready", "degraded")
+    second = host.arm_agent()
+    assert second.wait(timeout=20) == 2
+    time.sleep(1.0)
+    assert first.poll() is None and host.health()[0] in ("ready", "degraded")
+    assert "registered by process" in host.text()
