@@ -139,7 +139,7 @@ def test_a_servo_process_that_dies_is_replaced_and_waits_for_a_new_lease(host, m
     host.wait("ready", "degraded")
     assert host.servo_pid() != pid
     [row] = host.pool.devices()
-    with pytest.raises(LeaseError, match="has ended|held until"):
+    with pytest.raises(LeaseError, match=r"has ended|held until"):
         RemoteDevice(row.address, old_token).open()
     host.mover()
 
