@@ -155,23 +155,23 @@ class Device:
             self._monitor.count("clipped", ticket.clipped)
             return ticket
 
-    def grant(self, token: int, holder: str, bounds: Bounds | None = None) -> None:
-        """Take a new lease holder, who may tighten the host's limits for as long as it lasts.
-
-        Raises LeaseError for an old token, ConfigError for limits that are wider or leave out
-        where the robot stands.
-        """
+    def grant(self, token: int, holder: str) -> None:
+        """Take a new lease holder, under the host's limits. Raises LeaseError for an old token."""
         with self._changed:
-            envelope = self._host_limits
-            if bounds is not None:
-                envelope = envelope.tightened(bounds, "lease bounds")
-            self._commands.check_newer(token)
-            self._execution.limit(envelope, strict=bounds is not None)
             self._commands.grant(token, holder)
-            self._envelope = envelope
+            self._envelope = self._host_limits
+            self._execution.limit(self._envelope, strict=False)
             self._guard.heard(self._clock.now_ns())
             self._monitor.holder = holder
             self._stop_if_halted()
+
+    def tighten(self, bounds: Bounds) -> None:
+        """Narrow the limits for as long as the lease lasts. Raises ConfigError for wider ones, and
+        for some that leave out where the robot comes to rest."""
+        with self._changed:
+            envelope = self._envelope.tightened(bounds, "bounds")
+            self._execution.limit(envelope, strict=True)
+            self._envelope = envelope
 
     def lease(self, holder: str = "this process") -> int:
         """A fencing token for a new holder in this process: chunks without it are refused."""

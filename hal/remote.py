@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections import deque
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +10,10 @@ import numpy as np
 from embodied.comms.channels import RequestClient
 from embodied.core.errors import DeviceLostError, EmbodiedError, LeaseError, LinkError
 from embodied.core.frames import Chunk, Frame, Ticket
+from hal.control.history import History
 from hal.health import DeviceInfo, Health, Hops
 from hal.process import messages as m
+from hal.safety.config import Bounds
 
 _TIMEOUT_S = 2.0
 _RESET_TIMEOUT_S = 60.0
@@ -34,7 +35,8 @@ class RemoteDevice:
         self._address = address
         self._token = token
         self._client: RequestClient | None = None
-        self._kept: deque[Frame] = deque()
+        self._history: History | None = None
+        self._open: Frame | None = None
         self._description: m.Description | None = None
         self._hops = Hops()
         self._lost = ""
@@ -124,9 +126,9 @@ class RemoteDevice:
 
     def latest(self) -> Frame:
         """The newest frame that was fetched."""
-        if not self._kept:
+        if self._open is None:
             raise EmbodiedError("open() the device first")
-        return self._kept[-1]
+        return self._open
 
     def refresh(self) -> Frame:
         """Fetch the open frame; the ones since the last fetch are left out."""
@@ -135,23 +137,19 @@ class RemoteDevice:
 
     def frames(self, since_tick: int) -> list[Frame]:
         """Every frame from `since_tick` to the newest fetched one, in order."""
-        if self._kept and since_tick < self._kept[0].tick:
-            raise DeviceLostError(
-                f"{self._described.id}: frames before tick {self._kept[0].tick} are gone "
-                f"(asked for {since_tick})"
-            )
-        found: list[Frame] = []
-        for frame in reversed(self._kept):
-            if frame.tick < since_tick:
-                break
-            found.append(frame)
-        return found[::-1]
+        newest = self.latest()
+        assert self._history is not None
+        return self._history.since(since_tick, newest)
 
     def reset(self, seed: int) -> int:
         """Bring a simulated device to the start state of `seed`; the new frame's tick."""
         reply, _ = self._ask(m.Reset(seed, self._token), timeout_s=_RESET_TIMEOUT_S)
         self._fetch(since_tick=reply.tick)
         return reply.tick
+
+    def tighten(self, bounds: Bounds) -> None:
+        """Narrow the host's limits for as long as this lease lasts; ConfigError for wider ones."""
+        self._ask(m.Tighten(bounds, self._token))
 
     def halt(self, reason: str) -> None:
         """Latch a halt on the robot's host."""
@@ -210,9 +208,9 @@ class RemoteDevice:
             raise DeviceLostError(f"servo process: {error}") from error
 
     def _fetch(self, since_tick: int | None) -> None:
-        """Append the frames that are new; the open one is replaced by its closed form.
+        """Take the frames since a tick: the one that was open comes again, closed.
 
-        None: only the newest.
+        None: only the open one; what came before it is forgotten.
         """
         started_ns = time.monotonic_ns()
         since = m.NEWEST if since_tick is None else since_tick
@@ -220,14 +218,13 @@ class RemoteDevice:
         frames = m.frames_of(reply, arrays, self.spec)
         if not frames:
             return
-        while self._kept and self._kept[-1].tick >= frames[0].tick:
-            self._kept.pop()
-        if since_tick is None and self._kept and frames[0].tick != self._kept[-1].tick + 1:
-            self._kept.clear()
-        self._kept.extend(frames)
-        size = max(1, sum(value.nbytes for value in frames[-1].observation.values()))
-        while len(self._kept) > min(4096, max(64, _BYTES_KEPT // size)):
-            self._kept.popleft()
+        if since_tick is None or self._history is None:
+            size = max(1, sum(value.nbytes for value in frames[-1].observation.values()))
+            capacity = min(4096, max(64, _BYTES_KEPT // size))
+            self._history = History(capacity, self._described.id, frames[0].tick)
+        for closed in frames[:-1]:
+            self._history.append(closed)
+        self._open = frames[-1]
         self._hops.add("fetch", time.monotonic_ns() - started_ns)
 
     def _beat(self, period_s: float) -> None:

@@ -39,18 +39,14 @@ class Commands:
 
     def grant(self, token: int, holder: str) -> None:
         """Take a new holder. Raises LeaseError unless the token is newer than all before."""
-        self.check_newer(token)
+        if token <= self._newest_token:
+            raise LeaseError(f"lease token {token} is not newer than {self._newest_token}")
         self.token = self._newest_token = token
         self.holder = holder
         self.held = ""
         self._order = (-1, -1)
         self._started = False
         self._queue.clear()
-
-    def check_newer(self, token: int) -> None:
-        """Raise LeaseError unless a token is newer than all before."""
-        if token <= self._newest_token:
-            raise LeaseError(f"lease token {token} is not newer than {self._newest_token}")
 
     def next_token(self) -> int:
         """A token newer than all before, for holders in this process."""

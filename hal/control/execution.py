@@ -148,7 +148,7 @@ class MotionExecution:
         """Limit position, velocity, acceleration and jerk, once the robot stands: until then it
         brakes under the limits that its stop was proven with."""
         if strict:
-            check_envelope(envelope, self._motion.rest_D, "lease bounds")
+            check_envelope(envelope, self._motion.rest_D, "bounds")
         self._coming = None if envelope == self._envelope else envelope
 
     def places(self, observation: Observation) -> tuple[np.ndarray, ...]:

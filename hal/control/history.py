@@ -7,11 +7,11 @@ from embodied.core.frames import Frame
 
 
 class History:
-    """Closed frames in order of tick, the newest `capacity` of them."""
+    """Closed frames in order of tick, the newest `capacity` of them, from first_tick on."""
 
-    def __init__(self, capacity: int, name: str) -> None:
+    def __init__(self, capacity: int, name: str, first_tick: int = 0) -> None:
         self._closed: deque[Frame] = deque(maxlen=capacity)
-        self._evicted_tick = -1
+        self._evicted_tick = first_tick - 1
         self._name = name
 
     def append(self, frame: Frame) -> None:

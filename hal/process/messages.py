@@ -102,6 +102,13 @@ class AtTick(_Message, frozen=True, tag="at_tick"):
     tick: int
 
 
+class Tighten(_Message, frozen=True, tag="tighten"):
+    """Narrows the limits for as long as the holder's lease lasts."""
+
+    bounds: Bounds
+    lease_token: _Int
+
+
 class Halt(_Message, frozen=True, tag="halt"):
     """Latches a halt; anybody on the host may."""
 
@@ -124,7 +131,6 @@ class Supervise(_Message, frozen=True, tag="supervise"):
 
     lease_token: _Int
     holder: _Text
-    bounds: Bounds | None = None
 
 
 class Status(_Message, frozen=True, tag="status"):
@@ -142,7 +148,7 @@ class Status(_Message, frozen=True, tag="status"):
     incarnation: int
 
 
-DATA_REQUESTS = Describe | Submit | GetFrames | Pulse | Reset | Halt | Render
+DATA_REQUESTS = Describe | Submit | GetFrames | Pulse | Reset | Tighten | Halt | Render
 DATA_REPLIES = Description | Submitted | Frames | Alive | AtTick | Done
 CONTROL_REQUESTS = Supervise
 CONTROL_REPLIES = Status

@@ -123,7 +123,7 @@ class Servo:
             device.revoke("its lease has ended")
         elif header.lease_token > device.token and device.info.health is not Health.ABSENT:
             with contextlib.suppress(LeaseError):
-                device.grant(header.lease_token, header.holder, header.bounds)
+                device.grant(header.lease_token, header.holder)
         info = device.info
         condition = info.condition
         status = m.Status(
@@ -160,6 +160,10 @@ class Servo:
             case m.Reset():
                 self._check_holder(header.lease_token or -1)
                 return m.AtTick(device.reset(header.seed)), {}
+            case m.Tighten():
+                self._check_holder(header.lease_token or -1)
+                device.tighten(header.bounds)
+                return m.Done(), {}
             case m.Halt():
                 device.halt(header.reason)
                 return m.Done(), {}

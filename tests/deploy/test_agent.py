@@ -6,15 +6,14 @@ import time
 
 import numpy as np
 import pytest
-from host import Host
 
-from embodied.core.errors import LeaseError
+from embodied.core.errors import ConfigError, LeaseError
 from hal.commander import Commander
 from hal.drivers.so101_arm import HIGH_RAD, LOW_RAD, SPEC
 from hal.pool.holding import Holding
 from hal.process.servo import AGENT_SILENT_S
 from hal.remote import RemoteDevice
-from hal.safety.config import SafetyConfig
+from hal.safety.config import Bounds, SafetyConfig
 
 SAFETY = SafetyConfig()
 STOPPING_S = 0.25
@@ -22,15 +21,6 @@ TICK_S = 0.02
 BOTH = [pytest.param(signal.SIGSTOP, marks=pytest.mark.slow), signal.SIGKILL]
 NOISE_S = 0.25
 """What a shared machine may add: processes wait for a core, and the arm settles."""
-
-
-@pytest.fixture
-def host(tmp_path, monkeypatch):
-    monkeypatch.setenv("EMBODIED_STATE", str(tmp_path / "state"))
-    (tmp_path / "state").mkdir()
-    made = Host(tmp_path)
-    yield made
-    made.close()
 
 
 @pytest.fixture
@@ -66,6 +56,9 @@ def test_a_lease_moves_the_arm_and_its_end_holds_it(host):
         commander.move_to(goal)
         np.testing.assert_allclose(arm.state().q_rad, goal, atol=0.06)
         assert [row.holder for row in host.pool.devices()] == ["test"]
+        with pytest.raises(ConfigError, match="only be tightened"):
+            device.tighten(Bounds(velocity=(9.0,)))
+        device.tighten(Bounds(velocity=(1.0,)))
         with pytest.raises(LeaseError, match="held by test"):
             host.pool.acquire("thief", "so101", timeout_s=0.2)
         frames = device.frames(device.tick - 20)

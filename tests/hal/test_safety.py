@@ -320,8 +320,9 @@ def test_remote_parties_can_only_tighten():
         (Bounds(low=(0.5, -1, 0)), "outside of"),
     ):
         with pytest.raises(ConfigError, match=match):
-            device.grant(device.token + 1, "far away", bounds)
-    device.grant(1, "far away", Bounds(velocity=(0.5,), high=(0.1, 1.0, 2.0)))
+            device.tighten(bounds)
+    device.grant(1, "far away")
+    device.tighten(Bounds(velocity=(0.5,), high=(0.1, 1.0, 2.0)))
     rng = np.random.default_rng(0)
     hand = Hand.__new__(Hand)
     hand.device, hand.rng, hand.horizon, hand.token, hand.seq = device, rng, 8, 1, 0
@@ -529,14 +530,14 @@ def test_limits_tightened_while_the_arm_moves_break_none():
             low=tuple(low + 0.1 * share),
             high=tuple(high - 0.1 * share),
         )
-        token = device.token + 1
+        token = device.lease("careful")
         try:
-            device.grant(token, "careful", bounds)
+            device.tighten(bounds)
         except ConfigError:
             continue
         changed_at = len(driver.setpoints)
         with pytest.raises(LeaseError):
-            device.grant(token, "stale")
+            device.grant(token, "again")
         for _ in range(30):
             tick = device.tick
             here = driver.setpoints[-1][None].astype(np.float32)

@@ -7,18 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from host import Host
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def host(tmp_path, monkeypatch):
-    monkeypatch.setenv("EMBODIED_STATE", str(tmp_path / "state"))
-    (tmp_path / "state").mkdir()
-    made = Host(tmp_path)
-    yield made
-    made.close()
 
 
 def rows(run, kind, name):
