@@ -140,6 +140,9 @@ class Robot:
             )
             return
         late = status.counts.get("overruns", 0)
+        hops = [f"{hop} {p50:.1f}/{p99:.1f} ms" for hop, (p50, p99) in status.hops_ms.items()]
+        if late:
+            hops.append(f"{late} deadlines missed")
         pool.update(
             self.config.id,
             health="ready" if status.health == "leased" else status.health,
@@ -148,7 +151,7 @@ class Robot:
             tick_hz=status.tick_hz,
             load=status.load,
             temperature_c=status.temperature_c,
-            detail=f"{late} deadlines missed" if late else "",
+            detail=", ".join(hops),
         )
 
     def stop(self) -> None:

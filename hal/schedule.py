@@ -53,6 +53,10 @@ class ChunkSchedule:
         committed = self._actions_HD[max(0, first) : first + self.delay]
         return committed if first >= 0 and len(committed) == self.delay else None
 
+    def accepted(self, first_tick: int, actions_HD: np.ndarray) -> None:
+        """What the device took of the last chunk: this is what will play."""
+        self._start_tick, self._actions_HD = first_tick, actions_HD
+
     def decided(
         self, obs_tick: int, actions_HD: np.ndarray, n_action_steps: int, elapsed_s: float
     ) -> tuple[int, np.ndarray]:

@@ -262,6 +262,7 @@ class Rollout:
         if len(row.sources) > 2 * _SOURCES_KEPT:
             for seq in sorted(row.sources)[:-_SOURCES_KEPT]:
                 del row.sources[seq]
+        self._schedules[index].accepted(ticket.first_tick, ticket.accepted_HD)
         if all(rejection.code == "late" for rejection in ticket.rejections):
             return
         self.rejected += 1
