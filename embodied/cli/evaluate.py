@@ -83,27 +83,12 @@ def _print(summary: dict[str, Any], *, as_json: bool) -> None:
 
 def _load(config: Any) -> tuple[Any, int, str, Any]:
     """Policy, version, task and simulation settings of a checkpoint folder or a run directory."""
-    from embodied.core import config as core_config
     from embodied.core.errors import ConfigError
-    from embodied.core.rundir import RunDir
-    from embodied.run.config import TrainConfig
-    from embodied.weights.store import WeightStore
-    from policies.checkpoint import load_policy, policy_from_state
+    from embodied.run.build import stored_policy
     from sim.family import SimConfig
 
-    path = Path(config.checkpoint)
-    run = RunDir(path)
-    if (path / "model.safetensors").exists():
-        if config.task is None:
-            raise ConfigError(f"{path} is a policy without a run: say task=...")
-        return load_policy(path), -1, config.task, config.sim or SimConfig()
-    if not run.exists():
-        raise ConfigError(f"checkpoint={path} is neither a policy folder nor a run directory")
-    stored = core_config.convert(run.read_config(), TrainConfig)
-    store = WeightStore(run.weights)
-    version = store.latest_version()
-    if version is None:
-        raise ConfigError(f"{path} has published no weights yet")
-    arrays, manifest = store.load(version)
-    policy = policy_from_state(manifest.config, arrays)
-    return policy, version, config.task or stored.task, config.sim or stored.sim
+    policy, version, stored = stored_policy(Path(config.checkpoint))
+    task = config.task or (stored and stored.task)
+    if task is None:
+        raise ConfigError(f"{config.checkpoint} is a policy without a run: say task=...")
+    return policy, version, task, config.sim or (stored.sim if stored else SimConfig())

@@ -3,6 +3,7 @@
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -26,6 +27,7 @@ def run(options: argparse.Namespace) -> int:
     from hal.teleop.session import make_session
 
     config = core_config.convert(core_config.compose("record", options.overrides), RecordConfig)
+    policy, version = _policy(config)
     console = Console(highlight=False, markup=False)
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -68,7 +70,16 @@ def run(options: argparse.Namespace) -> int:
                 seconds = result.ticks / device.spec.tick_hz
                 console.print(f"episode of {seconds:.1f} s, {result.ticks} steps: {verdict}")
 
-            recording = RecordSession(config, sink, robot, session, on_result=report, show=show)
+            recording = RecordSession(
+                config,
+                sink,
+                robot,
+                session,
+                on_result=report,
+                show=show,
+                policy=policy,
+                version=version,
+            )
             bar = progress.add_task(
                 config.task_name, total=config.episodes, completed=recording.done, state=""
             )
@@ -79,3 +90,20 @@ def run(options: argparse.Namespace) -> int:
         f"→ {config.output}"
     )
     return 0
+
+
+def _policy(config: Any) -> tuple[Any, int]:
+    """The policy that acts while no person does, and its version; (None, -1) without one."""
+    from embodied.core.errors import ConfigError
+
+    if config.checkpoint is None:
+        if config.teleoperator.get("name") == "nobody":
+            raise ConfigError("teleoperator=nobody needs a checkpoint: somebody has to act")
+        return None, -1
+    import torch
+
+    from embodied.run.build import stored_policy
+
+    torch.set_num_threads(1)
+    policy, version, _ = stored_policy(Path(config.checkpoint))
+    return policy, version

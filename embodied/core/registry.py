@@ -50,6 +50,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "so101_leader": "hal.drivers.so101:SO101Leader",
         "lerobot": "hal.drivers.lerobot:LeRobotTeleoperator",
         "scripted": "sim.driver:ScriptedTeleoperator",
+        "nobody": "hal.teleop.nobody:Nobody",
     },
     "resets": {
         "motion": "hal.tasks:MotionReset",

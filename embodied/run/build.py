@@ -8,7 +8,7 @@ from embodied.buffer.replay import ReplayReader
 from embodied.buffer.sink import StepSink
 from embodied.buffer.statistics import FeatureStats
 from embodied.buffer.windows import WindowSpec
-from embodied.core.config import component
+from embodied.core.config import component, convert
 from embodied.core.errors import ConfigError
 from embodied.core.rundir import RunDir
 from embodied.core.seeds import derive_seed
@@ -126,3 +126,24 @@ def evaluation_row(
 def film_paths(run: RunDir, seeds: range, label: str) -> dict[int, Path]:
     """Where the films of the first seeds go."""
     return {seed: run.path / "videos" / f"{label}-seed{seed}.mp4" for seed in seeds}
+
+
+def stored_policy(path: Path) -> tuple[Any, int, TrainConfig | None]:
+    """Policy and version of a policy folder, or of a run's newest weights with its configuration.
+
+    Raises ConfigError if the path is neither, or the run has published nothing yet.
+    """
+    from policies.checkpoint import load_policy, policy_from_state
+
+    run = RunDir(path)
+    if (path / "model.safetensors").exists():
+        return load_policy(path), -1, None
+    if not run.exists():
+        raise ConfigError(f"checkpoint={path} is neither a policy folder nor a run directory")
+    stored = convert(run.read_config(), TrainConfig)
+    store = WeightStore(run.weights)
+    version = store.latest_version()
+    if version is None:
+        raise ConfigError(f"{path} has published no weights yet")
+    arrays, manifest = store.load(version)
+    return policy_from_state(manifest.config, arrays), version, stored

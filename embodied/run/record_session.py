@@ -13,6 +13,7 @@ from embodied.buffer.records import decode_header
 from embodied.buffer.sink import StepSink
 from embodied.core.episodes import Step
 from embodied.core.errors import ConfigError, CorruptDataError, DeviceLostError, LeaseError
+from embodied.core.protocols import Policy
 from embodied.core.specs import DeviceSpec
 from embodied.core.tasks import Task
 from embodied.run.leased import LeasedRobot
@@ -35,11 +36,14 @@ class RecordConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """device: selector of one device of the pool. task: a registered one, or robot_task: one that
     is configured. teleoperator: a registered one and its options.
 
+    checkpoint: a policy folder or a run directory whose policy acts while no person takes part;
+    null for nobody. What the person does then is marked as an intervention.
     episodes: how many there shall be in output, those already there included. count: which ones
     count, the "finished" or only the "successful". align_speed, wait_s: see TeleopConfig.
     """
 
     device: str
+    checkpoint: str | None
     task: str | None
     robot_task: TaskConfig | None = None
     sim: SimConfig
@@ -110,7 +114,8 @@ class RecordSession:
     """Records episodes until there are enough or the person stops.
 
     A lost device leaves its episode open and is waited for. on_result: called with each finished
-    episode once it is durable. show: called after every tick and while waiting.
+    episode once it is durable. show: called after every tick and while waiting. policy, version:
+    who acts while the person does not.
     """
 
     def __init__(
@@ -122,7 +127,10 @@ class RecordSession:
         *,
         on_result: Callable[[Result], None],
         show: Callable[[], None],
+        policy: Policy | None = None,
+        version: int = -1,
     ) -> None:
+        self._policy, self._version = policy, version
         self._config = config
         self._sink = sink
         self._robot = robot
@@ -197,6 +205,8 @@ class RecordSession:
             teleoperators=[session],
             on_step=on_step,
         )
+        if self._policy is not None:
+            rollout.set_policy(self._policy, self._version)
         rejected = self.rejected
         while not self.complete:
             self._obey(rollout)

@@ -2,12 +2,12 @@
 
 from embodied.core.clock import Clock
 
-_TOLERANCE = 0.25
+_TOLERANCE = 0.5
 _LEAST_TOLERANCE_NS = 2_000_000
 
 
 class Pace:
-    """Ticks of equal steps on a clock. A step is late by more than a quarter of its period (at
+    """Ticks of equal steps on a clock. A step is late by more than half of its period (at
     least 2 ms); time then starts anew, so that no two set points follow each other in haste."""
 
     def __init__(self, clock: Clock, tick_hz: float, steps: int, *, realtime: bool) -> None:

@@ -363,7 +363,7 @@ def test_missed_deadlines_in_a_row_latch_the_halt(tmp_path):
     cases = (
         (range(10, 12), 0.05, False),
         (range(10, 13), 0.05, True),
-        (range(10, 60), 0.014, True),
+        (range(10, 60), 0.016, True),
         (range(10, 60, 3), 0.05, False),
         (range(10, 60), 0.008, False),
     )

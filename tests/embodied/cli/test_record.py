@@ -210,6 +210,8 @@ def test_a_leader_arm_far_away_is_met_smoothly(host, by_hand, tmp_path):
         (["record", f"task={TASK}"], "device"),
         (["record", "device=2 arm", f"task={TASK}"], "ask for one device"),
         ([*BY_SCRIPT, "wait_s=0"], "no devices for 'sim'"),
+        (["record", "device=sim", "teleoperator=nobody", f"task={TASK}"], "somebody has to act"),
+        ([*BY_SCRIPT, "checkpoint=nowhere"], "neither a policy folder nor a run"),
         ([*BY_SCRIPT, "episodes=0"], "at least 1"),
         ([*BY_SCRIPT, "count=all"], "count"),
         (["teleop", "device=sim", "teleoperator=joystick"], "Known: gamepad"),

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from embodied.buffer.replay import ReplayReader
+
 pytestmark = pytest.mark.slow
 
 
@@ -36,7 +38,7 @@ def test_a_run_goes_on_without_an_unplugged_arm_and_takes_it_back(host, tmp_path
             f"robots.{name}.driver.task=so101/reach",
         )
     ]
-    host.arm_agent("real", "+robots.real.safety.overruns=50", *simulated)
+    host.arm_agent("real", "+robots.real.safety.overruns=0", *simulated)
     for name in ("real", "sim1", "sim2"):
         host.wait("ready", "degraded", name=name, timeout_s=60)
     run = tmp_path / "run"
@@ -84,3 +86,19 @@ def test_a_run_goes_on_without_an_unplugged_arm_and_takes_it_back(host, tmp_path
     assert train.wait(timeout=280) == 0, host.text()
     assert rows(run, "metrics", "evaluation")[-1]["final"]
     assert not holders()
+    alone = [
+        command[0],
+        "record",
+        "device=real",
+        "teleoperator=nobody",
+        f"checkpoint={run}",
+        "task=so101/reach",
+        "episodes=2",
+        f"output={tmp_path / 'alone'}",
+    ]
+    said = subprocess.run(alone, capture_output=True, text=True, timeout=120, check=False)
+    assert said.returncode == 0 and "2 of 2 finished" in said.stdout, said.stdout + said.stderr
+    reader = ReplayReader(tmp_path / "alone")
+    reader.refresh()
+    for episode in reader.closed_episodes():
+        assert episode.interventions == 0 and episode.policy_versions[1] >= 0
