@@ -243,6 +243,7 @@ def _tmpfs(size):
     pytest.skip("a tmpfs cannot be mounted here")
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_in_one_paragraph(tmp_path):
     wrapper = _tmpfs("3m")
     process = start(tmp_path / "run", "learner.steps=100000", wrapper=wrapper(tmp_path))

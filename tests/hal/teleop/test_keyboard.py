@@ -13,7 +13,8 @@ from embodied.core.errors import ConfigError
 from hal.teleop.keyboard import Keyboard, KeyboardConfig, foreground_terminal
 
 HEAD = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
 sys.path.insert(0, {support!r})
 import numpy as np
 from follower import FOLLOWER_SPEC
