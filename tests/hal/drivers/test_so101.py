@@ -18,6 +18,7 @@ from hal.drivers.so101_arm import HIGH_RAD, LOW_RAD, SPEC, radians, raw_position
 from sim.so101.virtual import Faults, VirtualArm
 
 STEP_RAD = 2 * np.pi / 4096
+# Gravity keeps a joint one to two steps below its goal: holding where it is moves the goal as far.
 SETTINGS = {(7, 1): 0, (21, 1): 16, (22, 1): 32, (23, 1): 0, (33, 1): 0, (40, 1): 1, (41, 1): 254}
 
 
@@ -90,7 +91,7 @@ def test_opening_holds_without_a_jump_and_closing_keeps_torque(arm, make_so101):
     assert arm.state().powered.all()
     limp = make_so101(torque_off_on_close=True)
     limp.open()
-    assert arm.state().peaks.step_rad.max() < 2 * STEP_RAD
+    assert arm.state().peaks.step_rad.max() < 3 * STEP_RAD
     limp.close()
     assert not arm.state().powered.any()
 
