@@ -21,19 +21,20 @@ from pathlib import Path
 import msgspec
 
 from embodied.comms.channels import RequestClient
-from embodied.core.errors import ConfigError, EmbodiedError, LeaseError, StorageFullError
+from embodied.core.errors import ConfigError, EmbodiedError, StorageFullError
 from embodied.core.files import write_atomic
-from hal.discovery import gpu_records
+from hal.gpus import offer_gpus
 from hal.pool.leases import DeviceRecord, DeviceStatus
 from hal.pool.pool import Pool, PoolBusyError
 from hal.pool.state import pool_path, state_dir
 from hal.process import messages as m
+from hal.process.orphan import find_orphan
+from hal.process.watchdog import Watchdog
 from hal.robot import RobotConfig, ServoConfig, check_robot, socket_name
 from hal.safety.latch import HOST_STOP
 
 _SUPERVISE_S = 0.1
 _REPORT_S = 0.5
-_GPUS_S = 5.0
 _ANSWER_S = 1.0
 _STOP_S = 15.0
 _RESTART_S = 1.0
@@ -61,8 +62,9 @@ class Robot:
         self._asked: int | None = None
         self._asked_s = 0.0
         self._heard_s = time.monotonic()
+        self._asked_token = 0
         self._incarnation = 0
-        self._barred = 0
+        self._told = self._barred = 0
         self._lease: tuple[int, str, float] = (0, "", 0.0)
         self.status: m.Status | None = None
 
@@ -75,6 +77,7 @@ class Robot:
         self._started_s = time.monotonic()
         with self._log.open("ab") as log:
             command = [sys.executable, "-m", "hal.process.watchdog", str(self._file)]
+            command.append(str(os.getpid()))
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
 
     def leased(self, row: DeviceStatus | None) -> None:
@@ -85,29 +88,37 @@ class Robot:
             self._lease = (row.token, row.holder, time.monotonic() + row.lease_remaining_s)
 
     def bar(self) -> None:
-        """The present lease is over: it was of another servo process, or another agent."""
+        """The present lease is over: it was another agent's."""
         self._barred = max(self._barred, self._lease[0])
 
     def supervise(self) -> None:
-        """Send the heartbeat with the lease that stands; take the answer to the last one."""
+        """Send the heartbeat with the lease that stands; take the answer to the last one.
+
+        A lease that another servo process may have heard of is over: this one waits for a new one.
+        """
         for reply in self._client.receive_ready():
+            same = False
             if isinstance(reply.header, m.Status):
                 self.status = reply.header
                 self._heard_s = time.monotonic()
-                if self._incarnation not in (0, reply.header.incarnation):
-                    self.bar()
+                same = reply.header.incarnation == self._incarnation
+                if not same:
+                    self._barred = max(self._barred, self._told)
                 self._incarnation = reply.header.incarnation
             if reply.id == self._asked:
                 self._asked = None
+                if same:
+                    self._told = max(self._told, self._asked_token)
         if self._asked is not None:
             if time.monotonic() - self._asked_s < _ANSWER_S:
                 return
             self._client.forget(self._asked)
+            self._told = max(self._told, self._asked_token)
         token, holder, until_s = self._lease
         if token <= self._barred or time.monotonic() > until_s:
             token, holder = 0, ""
-        self._asked = self._client.send(m.Supervise(token, holder), {})
-        self._asked_s = time.monotonic()
+        self._asked = self._client.send(m.Supervise(token, holder, self._incarnation), {})
+        self._asked_s, self._asked_token = time.monotonic(), token
 
     @property
     def silent_s(self) -> float:
@@ -160,7 +171,10 @@ class Robot:
             self._process.terminate()
 
     def wait(self, deadline_s: float) -> None:
-        """Wait for the processes' end; kill what does not end in time."""
+        """Wait for the processes' end; kill what does not end in time.
+
+        Where the watchdog has left a servo process behind, its work is done here.
+        """
         self._client.close()
         if self._process is None:
             return
@@ -169,6 +183,8 @@ class Robot:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        if find_orphan(Path(self.config.latches), self.config.id) is not None:
+            Watchdog(self._file).inherit()
 
 
 class Agent:
@@ -221,7 +237,9 @@ class Agent:
         end the leases.
         """
         heartbeat = threading.Thread(target=self._heartbeat, name="heartbeat", daemon=True)
-        gpus = threading.Thread(target=self._watch_gpus, name="gpus", daemon=True)
+        gpus = threading.Thread(
+            target=offer_gpus, args=(self.pool, self._closing), name="gpus", daemon=True
+        )
         try:
             for robot in self.robots.values():
                 self.pool.register(robot.record(), health="absent", reason="starting")
@@ -248,8 +266,9 @@ class Agent:
                 time.sleep(max(0.0, _SUPERVISE_S - (time.monotonic() - started_s)))
         finally:
             self._closing.set()
-            if heartbeat.ident is not None:
-                heartbeat.join(timeout=2.0)
+            for thread in (heartbeat, gpus):
+                if thread.ident is not None:
+                    thread.join(timeout=2.0)
             self._close()
 
     def _exchange(self) -> None:
@@ -261,20 +280,6 @@ class Agent:
         while not self._closing.wait(_SUPERVISE_S):
             for robot in self.robots.values():
                 robot.supervise()
-
-    def _watch_gpus(self) -> None:
-        while not self._closing.is_set():
-            with contextlib.suppress(LeaseError, StorageFullError):
-                for record, gpu in gpu_records(self.host):
-                    self.pool.register(record)
-                    self.pool.update(
-                        record.id,
-                        health="ready",
-                        load=gpu.load,
-                        temperature_c=gpu.temperature_c,
-                        detail=gpu.detail,
-                    )
-            self._closing.wait(_GPUS_S)
 
     def _close(self) -> None:
         for robot in self.robots.values():

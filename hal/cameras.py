@@ -28,6 +28,9 @@ class Cameras:
     def __init__(self, cameras: Mapping[str, Camera]) -> None:
         self._feeds = {picture_key(name): _Feed(name, camera) for name, camera in cameras.items()}
 
+    def __bool__(self) -> bool:
+        return bool(self._feeds)
+
     def extend(self, spec: DeviceSpec) -> DeviceSpec:
         """The device's spec with the pictures among its observations."""
         if not self._feeds:

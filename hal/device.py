@@ -11,7 +11,7 @@ import numpy as np
 from embodied.core.clock import Clock, RealClock, VirtualClock
 from embodied.core.errors import DeviceLostError, EmbodiedError
 from embodied.core.frames import Chunk, Frame, Observation, RejectionCode, Ticket
-from embodied.core.protocols import Camera, Driver, Renders, SimulatedDriver
+from embodied.core.protocols import Camera, Driver, SimulatedDriver
 from hal.cameras import Cameras
 from hal.control.commands import Commands
 from hal.control.execution import make_execution
@@ -19,6 +19,7 @@ from hal.control.history import History
 from hal.control.pace import Pace
 from hal.control.senses import Senses
 from hal.health import DeviceInfo, Monitor
+from hal.pictures import draw
 from hal.safety.config import SIMULATED, Bounds, Envelope, SafetyConfig, Workspace, check_fit
 from hal.safety.guard import Guard
 from hal.safety.limits import Limits
@@ -233,9 +234,8 @@ class Device:
             self._stop_if_halted()
 
     def render(self, width: int, height: int) -> np.ndarray | None:
-        """A picture for a video, if the driver can draw itself."""
-        with self._io:
-            return self.driver.render(width, height) if isinstance(self.driver, Renders) else None
+        """A picture for a video, if the driver can draw itself; ConfigError if it is too large."""
+        return draw(self.driver, self._io, width, height, meanwhile=self._realtime)
 
     def close(self) -> None:
         """Come to a stop, hold and disconnect; safe to call twice."""
@@ -374,7 +374,7 @@ class Device:
         if fault := self._guard.tick(late=self._pace.turn()):
             self.halt(fault)
         if self._senses.failed:
-            self._monitor.count("failed reads", degrades=True)
+            self._monitor.count("failed reads", degrades=True, why=self._senses.error)
         elif fault := self._execution.violation(observation):
             self.halt(fault)
             self._execution.start(observation)

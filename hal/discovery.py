@@ -108,8 +108,9 @@ def gpus() -> list[Gpu]:
     return found
 
 
-def gpu_records(host: str) -> list[tuple[DeviceRecord, Gpu]]:
-    """This host's usable GPUs as an agent offers them."""
+def gpu_records() -> list[tuple[DeviceRecord, Gpu]]:
+    """This host's usable GPUs as they are offered: under its own name, whoever offers them."""
+    host = socket.gethostname()
     return [
         (DeviceRecord(id=f"{host}/{gpu.id}", kind="gpu", host=host), gpu)
         for gpu in gpus()
@@ -118,8 +119,17 @@ def gpu_records(host: str) -> list[tuple[DeviceRecord, Gpu]]:
 
 
 def enumerate_gpus() -> list[dict[str, Any]]:
-    """GPUs that no agent offers yet."""
-    return [{"kind": "gpu", "id": g.id, "detail": g.detail, "fault": g.fault} for g in gpus()]
+    """GPUs of this host, by the ids under which they are offered."""
+    host = socket.gethostname()
+    return [
+        {
+            "kind": "gpu",
+            "id": g.id if g.fault else f"{host}/{g.id}",
+            "detail": g.detail,
+            "fault": g.fault,
+        }
+        for g in gpus()
+    ]
 
 
 def _number(text: str) -> float | None:

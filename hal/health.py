@@ -56,7 +56,7 @@ class Monitor:
     def __init__(self, degraded_s: float = 5.0, max_temperature_c: float = 55.0) -> None:
         self._degraded_s = degraded_s
         self._max_temperature_c = max_temperature_c
-        self._recent: dict[str, tuple[float, int]] = {}
+        self._recent: dict[str, tuple[float, int, str]] = {}
         self.counts: dict[str, int] = {}
         self.condition = Condition()
         self.opened = False
@@ -80,16 +80,16 @@ class Monitor:
             hops_ms=self.hops.percentiles_ms(),
         )
 
-    def count(self, event: str, n: int = 1, *, degrades: bool = False) -> None:
-        """Note n events of a name."""
+    def count(self, event: str, n: int = 1, *, degrades: bool = False, why: str = "") -> None:
+        """Note n events of a name; the last one's reason is shown while it degrades the device."""
         if n <= 0:
             return
         self.counts[event] = self.counts.get(event, 0) + n
         if degrades:
-            since_s, before = self._recent.get(event, (0.0, 0))
+            since_s, before, _ = self._recent.get(event, (0.0, 0, ""))
             now_s = time.monotonic()
             fresh = now_s - since_s < self._degraded_s
-            self._recent[event] = (now_s, before + n if fresh else n)
+            self._recent[event] = (now_s, before + n if fresh else n, why)
 
     def condition_is(self, condition: Condition) -> None:
         """Take a new reading; repeated reads and heat degrade the device."""
@@ -117,8 +117,8 @@ class Monitor:
     def _degradations(self) -> str:
         now_s = time.monotonic()
         reasons = [
-            f"{n} {event} lately"
-            for event, (since_s, n) in list(self._recent.items())
+            f"{n} {event} lately" + (f" ({why})" if why else "")
+            for event, (since_s, n, why) in list(self._recent.items())
             if now_s - since_s < self._degraded_s
         ]
         hot = self.condition.temperature_c

@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 
 from embodied.comms.channels import RequestClient
+from embodied.comms.direct import DirectClient
 from embodied.core.errors import DeviceLostError, EmbodiedError, LeaseError, LinkError
 from embodied.core.frames import Chunk, Frame, Ticket
 from hal.control.history import History
 from hal.health import DeviceInfo, Health, Hops
+from hal.pictures import check_size
 from hal.process import messages as m
 from hal.safety.config import Bounds
 
 _TIMEOUT_S = 2.0
 _RESET_TIMEOUT_S = 60.0
+_PICTURE_TIMEOUT_S = 20.0
 _GRANT_S = 3.0
 _RETRY_S = 0.0005
 _MARGIN_S = 0.0002
@@ -34,7 +37,8 @@ class RemoteDevice:
     def __init__(self, address: str, token: int = 0) -> None:
         self._address = address
         self._token = token
-        self._client: RequestClient | None = None
+        self._client: DirectClient | None = None
+        self._pictures: RequestClient | None = None
         self._history: History | None = None
         self._open: Frame | None = None
         self._description: m.Description | None = None
@@ -45,7 +49,7 @@ class RemoteDevice:
 
     def open(self) -> "RemoteDevice":
         """Connect, learn the spec, fetch the newest frame, begin the heartbeat."""
-        self._client = RequestClient(self._address, m.DATA_REPLIES)
+        self._client = DirectClient(self._address, m.DATA_REPLIES)
         try:
             description, _ = self._ask(m.Describe())
             assert isinstance(description, m.Description)
@@ -156,18 +160,28 @@ class RemoteDevice:
         self._ask(m.Halt(reason))
 
     def render(self, width: int, height: int) -> np.ndarray | None:
-        """A picture, if the driver can draw itself."""
-        _, arrays = self._ask(m.Render(width, height))
-        return arrays.get("picture")
+        """A picture, if the driver can draw itself; ConfigError if it is too large."""
+        check_size(width, height)
+        address = self._described.pictures
+        if not address:
+            return None
+        if self._pictures is None:
+            self._pictures = RequestClient(address, m.PICTURE_REPLIES)
+        try:
+            _, arrays = self._pictures.request(m.Render(width, height), {}, _PICTURE_TIMEOUT_S)
+        except LinkError as error:
+            raise DeviceLostError(f"servo process: {error}") from error
+        return arrays["picture"]
 
     def close(self) -> None:
         """Disconnect; the device goes on under its lease until that ends."""
         self._closing.set()
         if self._pulse is not None:
             self._pulse.join(timeout=_TIMEOUT_S)
-        if self._client is not None:
-            self._client.close()
-            self._client = None
+        for client in (self._client, self._pictures):
+            if client is not None:
+                client.close()
+        self._client = self._pictures = None
 
     def __enter__(self) -> "RemoteDevice":
         return self.open()
@@ -228,7 +242,7 @@ class RemoteDevice:
         self._hops.add("fetch", time.monotonic_ns() - started_ns)
 
     def _beat(self, period_s: float) -> None:
-        with RequestClient(self._address, m.DATA_REPLIES) as client:
+        with DirectClient(self._address, m.DATA_REPLIES) as client:
             while not self._closing.wait(period_s):
                 try:
                     reply, _ = client.request(m.Pulse(self._token), {}, _TIMEOUT_S)

@@ -58,6 +58,11 @@ class ServoConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         return f"ipc://{self.sockets}/{socket_name(self.id)}.data"
 
     @property
+    def picture_address(self) -> str:
+        """Where anybody gets pictures of the device."""
+        return f"ipc://{self.sockets}/{socket_name(self.id)}.pictures"
+
+    @property
     def control_address(self) -> str:
         """Where the agent reaches the device."""
         return f"ipc://{self.sockets}/{socket_name(self.id)}.control"

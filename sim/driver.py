@@ -1,11 +1,13 @@
 """Any registered simulated task as a robot's driver, for devices that an agent offers."""
 
+from collections.abc import Callable
+
 import msgspec
 import numpy as np
 
 from embodied.core.errors import ConfigError
 from embodied.core.frames import Observation
-from embodied.core.protocols import Event, Renders, SimulatedDriver
+from embodied.core.protocols import Event, Renders, SimulatedDriver, Snapshots
 from embodied.core.specs import DeviceSpec
 from embodied.core.tasks import Expert
 from sim import family
@@ -60,6 +62,13 @@ class Simulated:
             raise ConfigError("this simulator does not draw itself")
         return self._driver.render(width, height)
 
+    def snapshot(self, width: int, height: int) -> Callable[[], np.ndarray]:
+        """The same to be drawn later, where the simulator can; else it is drawn now."""
+        if isinstance(self._driver, Snapshots):
+            return self._driver.snapshot(width, height)
+        picture = self.render(width, height)
+        return lambda: picture
+
     def close(self) -> None:
         """Release the simulator."""
         self._driver.close()
@@ -71,10 +80,15 @@ class ScriptedTeleoperator:
     class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """task: whose expert. sim: as in training."""
 
-        task: str
+        task: str | None = None
         sim: SimConfig = SimConfig()
 
     def __init__(self, config: Config) -> None:
+        if config.task is None:
+            raise ConfigError(
+                "teleoperator=scripted moves the device by a task's script, and no task is named: "
+                "add teleoperator.task=so101/reach, or another registered task with a script"
+            )
         found, task = family.find(config.task)
         self._spec = found.make_driver(task, config.sim).spec
         expert = found.make_expert(task, self._spec)

@@ -1,7 +1,7 @@
 """Meta-World's 50 manipulation tasks, one Sawyer arm each, with the library's scripted experts."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -127,11 +127,14 @@ class MetaWorldDriver:
     def render(self, width: int, height: int) -> np.ndarray:
         return self._picture(_VIDEO_CAMERA, width, height)
 
+    def snapshot(self, width: int, height: int) -> Callable[[], np.ndarray]:
+        assert self._cameras is not None
+        draw = self._cameras.snapshot(self._env.data, _VIDEO_CAMERA, width, height)
+        return lambda: _upright(draw(), _VIDEO_CAMERA)
+
     def _picture(self, camera: str, width: int, height: int) -> np.ndarray:
         assert self._cameras is not None
-        picture = self._cameras.render(self._env.data, camera, width, height)
-        # The "corner" cameras of the models are mounted upside down.
-        return picture[::-1, ::-1].copy() if camera.startswith("corner") else picture
+        return _upright(self._cameras.render(self._env.data, camera, width, height), camera)
 
     def close(self) -> None:
         if self._cameras is not None:
@@ -139,6 +142,11 @@ class MetaWorldDriver:
         if self._env is not None:
             self._env.close()
         self._env = self._cameras = None
+
+
+def _upright(picture: np.ndarray, camera: str) -> np.ndarray:
+    """The "corner" cameras of the models are mounted upside down."""
+    return picture[::-1, ::-1].copy() if camera.startswith("corner") else picture
 
 
 class MetaWorldExpert:

@@ -1,13 +1,16 @@
 """Software OpenGL for MuJoCo: which backend to use, and pictures from named cameras."""
 
+import copy
 import ctypes
 import os
 import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from embodied.core.errors import MissingDependencyError
+from embodied.core.errors import DeviceLostError, MissingDependencyError
 from embodied.core.registry import unknown
 
 _BACKENDS = {"egl": "libEGL.so.1", "osmesa": "libOSMesa.so.8"}
@@ -38,12 +41,16 @@ class Cameras:
     """Pictures of one MuJoCo model.
 
     Shadows, reflections and multisampling cost most of a frame's time in software; shadows=False
-    turns them off in the model itself, so collection and evaluation must agree on it.
+    turns them off in the model itself, so collection and evaluation must agree on it. shadows=True
+    leaves the model as it is.
     """
 
     def __init__(self, model: Any, *, shadows: bool) -> None:
         self._model = model
         self._renderers: dict[tuple[int, int], Any] = {}
+        self._stills: Cameras | None = None
+        self._drawing = threading.Lock()
+        self._closed = False
         if not shadows:
             model.light_castshadow[:] = 0
             model.mat_reflectance[:] = 0
@@ -61,6 +68,22 @@ class Cameras:
     def render(self, data: Any, camera: str, width: int, height: int) -> np.ndarray:
         """Picture [height, width, 3], uint8."""
         return self._renderer(data, camera, width, height).render()
+
+    def snapshot(self, data: Any, camera: str, width: int, height: int) -> Callable[[], np.ndarray]:
+        """Keep the scene as it is; what is returned draws it while `data` goes on.
+
+        Always call that from the same thread: OpenGL contexts belong to one.
+        """
+        still = copy.copy(data)
+
+        def picture() -> np.ndarray:
+            with self._drawing:
+                if self._closed:
+                    raise DeviceLostError("the simulator was closed before its picture was drawn")
+                self._stills = self._stills or Cameras(self._model, shadows=True)
+                return self._stills.render(still, camera, width, height)
+
+        return picture
 
     def _renderer(self, data: Any, camera: str, width: int, height: int) -> Any:
         size = (width, height)
@@ -90,6 +113,10 @@ class Cameras:
 
     def close(self) -> None:
         """Free the OpenGL contexts."""
+        with self._drawing:
+            self._closed = True
+            if self._stills is not None:
+                self._stills.close()
         for renderer in self._renderers.values():
             renderer.close()
         self._renderers.clear()

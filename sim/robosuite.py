@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -140,6 +140,10 @@ class RobosuiteDriver:
 
     def render(self, width: int, height: int) -> np.ndarray:
         return self._picture(_VIDEO_CAMERA, width, height)
+
+    def snapshot(self, width: int, height: int) -> Callable[[], np.ndarray]:
+        assert self._cameras is not None
+        return self._cameras.snapshot(self._env.sim.data._data, _VIDEO_CAMERA, width, height)
 
     def _picture(self, camera: str, width: int, height: int) -> np.ndarray:
         assert self._cameras is not None

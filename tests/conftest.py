@@ -14,6 +14,7 @@ os.environ["EMBODIED_STATE"] = tempfile.mkdtemp(prefix="embodied-test-")
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 import pytest
+from opengl import needs_opengl  # noqa: F401 - before a simulator sets MUJOCO_GL
 from point import PointDriver, RealPointDriver
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
@@ -18,8 +19,9 @@ from embodied.buffer.messages import (
     StatsReply,
     StatsRequest,
 )
-from embodied.buffer.records import Schema, encode_schema, encode_step, schema_of
-from embodied.buffer.writer import StepOrderError
+from embodied.buffer.progress import StepOrderError
+from embodied.buffer.records import encode_step
+from embodied.buffer.schema import Codecs, Schema, encode_schema
 from embodied.comms.channels import ErrorReply, RequestClient
 from embodied.core.episodes import Step
 from embodied.core.errors import ConfigError, EmbodiedError, LinkError
@@ -42,6 +44,13 @@ class _Batch:
     sent_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Newest:
+    episode: int
+    index: int
+    t_ns: int
+
+
 class BufferClient:
     """Sends steps to a BufferService without waiting for it, a few batches in flight.
 
@@ -60,12 +69,14 @@ class BufferClient:
         max_pending: int = 10_000,
         block_s: float = 10.0,
         resend_s: float = 2.0,
+        codecs: Mapping[str, str] | None = None,
     ) -> None:
         if not 1 <= batch_steps <= MAX_BATCH_STEPS or max_pending < 1:
             raise ConfigError(
                 f"batch_steps is {batch_steps} and max_pending {max_pending}; they must lie in "
                 f"1..{MAX_BATCH_STEPS} and be at least 1"
             )
+        self._codecs = Codecs(dict(codecs or {}))
         self._client = RequestClient(address, REPLIES)
         self._stream = stream
         self._batch_steps = batch_steps
@@ -73,10 +84,11 @@ class BufferClient:
         self._block_s = block_s
         self._resend_s = resend_s
         self._queue: deque[_Batch] = deque()
-        self._schema: Schema | None = None
+        self._schemas: dict[str, Schema] = {}
         self._hold_until_s = 0.0
         self._refusal: EmbodiedError | None = None
-        self._newest: dict[str, tuple[int, int, bool]] = {}
+        self._newest: dict[str, _Newest] = {}
+        self._ends: dict[tuple[str, int], int] = {}
         self.unacknowledged = 0
         self.num_resent = 0
         self.last_error: EmbodiedError | None = None
@@ -87,22 +99,27 @@ class BufferClient:
         Raises SpecError or StepOrderError for a wrong step, and after block_s of waiting
         LinkError or the service's own error; the step is not taken then.
         """
-        schema = schema_of(step)
-        if self._schema is not None and schema is not self._schema:
-            self._schema.check_equal(schema, f"step {step.key}")
+        schema = self._codecs.schema_of(step)
+        known = self._schemas.get(step.stream)
+        if known is not None and known is not schema:
+            known.check_same_arrays(schema, f"step {step.key}", f"stream '{step.stream}'")
         self._check_order(step)
         payload = encode_step(step, schema)
         deadline = time.monotonic() + self._block_s
         while self.unacknowledged >= self._max_pending:
             self._wait(deadline, self._block_s)
-        self._schema = schema
-        self._newest[step.stream] = (step.episode, step.index, step.final)
+        self._schemas[step.stream] = schema
+        newest = self._newest.get(step.stream)
+        if newest is None or newest.episode != step.episode or newest.index < step.index:
+            self._newest[step.stream] = _Newest(step.episode, step.index, step.t_ns)
+        if step.final:
+            self._ends[step.stream, step.episode] = step.index
         tail = self._queue[-1] if self._queue else None
         full = tail is not None and (
             len(tail.payloads) >= self._batch_steps
             or tail.nbytes + len(payload) > _SOFT_BATCH_BYTES
         )
-        if tail is None or tail.sealed or full:
+        if tail is None or tail.sealed or full or tail.schema is not schema:
             tail = _Batch(schema)
             self._queue.append(tail)
         tail.payloads.append(payload)
@@ -111,13 +128,24 @@ class BufferClient:
         self.pump()
 
     def _check_order(self, step: Step) -> None:
+        end = self._ends.get((step.stream, step.episode))
+        if end is not None and step.index > end:
+            raise StepOrderError(
+                f"step {step.key} does not continue its episode, which the final observation at "
+                f"index {end} closed; it belongs to a new episode"
+            )
         newest = self._newest.get(step.stream)
-        if newest is None or newest[0] != step.episode or step.index <= newest[1]:
+        if newest is None or newest.episode != step.episode or step.index <= newest.index:
             return
-        if newest[2] or step.index > newest[1] + 1:
+        if step.index > newest.index + 1:
             raise StepOrderError(
                 f"step {step.key} does not continue its episode, whose last step has index "
-                f"{newest[1]}{' and closed it' if newest[2] else ''}"
+                f"{newest.index}"
+            )
+        if step.t_ns < newest.t_ns:
+            raise StepOrderError(
+                f"step {step.key}: time goes backwards: t_ns is {step.t_ns}, of the step before "
+                f"it {newest.t_ns}"
             )
 
     def pump(self) -> None:
@@ -208,7 +236,7 @@ class BufferClient:
         stream = self._stream if stream is None else stream
         reply = self._ask(EpisodeRequest(stream), EpisodeReply, timeout_s)
         newest = self._newest.get(stream)
-        return max(reply.episode, newest[0] + 1 if newest else 0)
+        return max(reply.episode, newest.episode + 1 if newest else 0)
 
     def stats(self, timeout_s: float = 10.0) -> StatsReply:
         """What the service's buffer holds. Raises LinkError."""

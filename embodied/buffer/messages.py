@@ -4,8 +4,8 @@ from typing import Annotated
 
 import msgspec
 
-from embodied.buffer.records import MAX_STEP_BYTES
-from embodied.buffer.writer import StreamCounts
+from embodied.buffer.progress import StreamCounts
+from embodied.buffer.schema import MAX_STEP_BYTES
 
 MAX_BATCH_STEPS = 4096
 MAX_BATCH_BYTES = MAX_STEP_BYTES + (1 << 20)

@@ -1,12 +1,12 @@
 """Recorded episodes as a data set: a buffer folder read back step by step."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 
-from embodied.buffer.records import FLAGS
-from embodied.buffer.replay import EpisodeInfo, ReplayReader
+from embodied.buffer.replay import ReplayReader
 from embodied.core.episodes import Step
 from embodied.core.errors import ConfigError
 
@@ -26,7 +26,7 @@ class RecordedEpisodes:
             raise ConfigError(f"demonstrations.dataset.path: no buffer folder {self._path}")
         self._reader = ReplayReader(self._path, ram_bytes=config.ram_mib << 20)
         self._reader.refresh()
-        tasks = {episode.task for episode in self._reader.closed_episodes()}
+        tasks = {episode.task for episode in self._reader.finished()}
         if len(tasks) != 1:
             raise ConfigError(
                 f"{self._path} holds finished episodes of {sorted(tasks) or 'no task'}; "
@@ -36,22 +36,7 @@ class RecordedEpisodes:
 
     def episodes(self, limit: int | None = None) -> Iterator[list[Step]]:
         """Finished episodes in the order in which they ended."""
-        for episode in self._reader.closed_episodes()[:limit]:
-            rows = [*episode.rows.tolist(), episode.final_row]
-            yield [self._step(episode, index, row) for index, row in enumerate(rows)]
-
-    def _step(self, episode: EpisodeInfo, index: int, row: int) -> Step:
-        columns, schema = self._reader.columns, self._reader.schema
-        assert columns is not None and schema is not None
-        return Step(
-            stream=f"{self._path.resolve().name}/{episode.stream}",
-            episode=episode.episode,
-            index=index,
-            observation={f.name: columns[f.name][row] for f in schema.observation},
-            action=columns["action"][row],
-            reward=float(columns["reward"][row]),
-            policy_version=int(columns["policy_version"][row]),
-            task=episode.task,
-            seed=episode.seed,
-            **{flag: bool(columns[flag][row]) for flag in FLAGS},
-        )
+        name = self._path.resolve().name
+        for episode in self._reader.finished()[:limit]:
+            steps = self._reader.steps(episode)
+            yield [replace(step, stream=f"{name}/{step.stream}") for step in steps]

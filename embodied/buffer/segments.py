@@ -1,28 +1,32 @@
 """Segment files: names, the header, records, and finding the next whole record after damage.
 
 A file is a header, then records at multiples of 8 bytes, then (until it is sealed) preallocated
-zeros. Record: magic, total length, sequence number, schema id, CRC32 of all but itself, payload.
+zeros. Record: magic, CRC32C of all that follows, total length, schema id, sequence number, payload.
 """
 
 import os
 import re
+import stat
 import struct
-import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from crc32c import crc32c
+
 from embodied.core.errors import CorruptDataError
 
-FORMAT = 1
-RECORD_HEADER = struct.Struct("<4sIQII")
+FORMAT = 2
+RECORD_HEADER = struct.Struct("<4sIIIQ")
 FILE_HEADER = struct.Struct("<8sIIQII")
 FIRST_OFFSET = FILE_HEADER.size
 
 _MAGIC = b"\xe5REC"
 _FILE_MAGIC = b"EMBSEGM\xe5"
 _NAME = re.compile(r"(\d{8})\.seg(\.open)?")
-_CHECKED = RECORD_HEADER.size - 4
+_CHECKED_FROM = 8
+_BODY = struct.Struct("<IIQ")
 _WINDOW = 1 << 20
 
 
@@ -42,6 +46,11 @@ def record_size(payload_bytes: int) -> int:
     return length + -length % 8
 
 
+def end_of(record: Record) -> int:
+    """Offset at which the next record begins."""
+    return record.offset + record_size(record.payload.nbytes)
+
+
 def segment_path(directory: Path, number: int, *, sealed: bool) -> Path:
     """Path of a segment file."""
     return directory / (f"{number:08d}.seg" if sealed else f"{number:08d}.seg.open")
@@ -59,16 +68,28 @@ def list_segments(directory: Path) -> dict[int, bool]:
 def file_header(number: int, base_seq: int) -> bytes:
     """Header of segment `number`, whose first record will have the sequence number base_seq."""
     head = FILE_HEADER.pack(_FILE_MAGIC, FORMAT, number, base_seq, 0, 0)
-    return FILE_HEADER.pack(_FILE_MAGIC, FORMAT, number, base_seq, zlib.crc32(head), 0)
+    return FILE_HEADER.pack(_FILE_MAGIC, FORMAT, number, base_seq, crc32c(head), 0)
 
 
 def record_header(seq: int, schema: int, payload: list[memoryview]) -> bytes:
     """Header of a record with this payload."""
     length = RECORD_HEADER.size + sum(part.nbytes for part in payload)
-    crc = zlib.crc32(RECORD_HEADER.pack(_MAGIC, length, seq, schema, 0)[:_CHECKED])
+    crc = crc32c(_BODY.pack(length, schema, seq))
     for part in payload:
-        crc = zlib.crc32(part, crc)
-    return RECORD_HEADER.pack(_MAGIC, length, seq, schema, crc)
+        crc = crc32c(part, crc)
+    return RECORD_HEADER.pack(_MAGIC, crc, length, schema, seq)
+
+
+def parse(data: memoryview, at: int, segment: int, offset: int) -> Record | None:
+    """The record at data[at:], which lies at `offset` of the segment; None unless it is whole."""
+    if not 0 <= at <= len(data) - RECORD_HEADER.size:
+        return None
+    magic, crc, length, schema, seq = RECORD_HEADER.unpack_from(data, at)
+    if magic != _MAGIC or not RECORD_HEADER.size <= length <= len(data) - at:
+        return None
+    if crc32c(data[at + _CHECKED_FROM : at + length]) != crc:
+        return None
+    return Record(seq, schema, data[at + RECORD_HEADER.size : at + length], segment, offset)
 
 
 class SegmentFile:
@@ -76,8 +97,11 @@ class SegmentFile:
 
     def __init__(self, path: Path, number: int) -> None:
         self.number = number
-        self._path = path
-        self._fd = os.open(path, os.O_RDONLY)
+        self.path = path
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if stat.S_ISDIR(os.fstat(self._fd).st_mode):  # not ours: it reads as an empty file
+            os.close(self._fd)
+            self._fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._window = memoryview(b"")
         self._start = 0
 
@@ -98,40 +122,38 @@ class SegmentFile:
             return None
         magic, version, number, base_seq, crc, _ = FILE_HEADER.unpack(head)
         blank = FILE_HEADER.pack(magic, version, number, base_seq, 0, 0)
-        if magic != _FILE_MAGIC or number != self.number or crc != zlib.crc32(blank):
+        if magic != _FILE_MAGIC or number != self.number or crc != crc32c(blank):
             return None
         if version != FORMAT:
             raise CorruptDataError(
-                f"{self._path} has log format {version}; this release reads format {FORMAT}: "
+                f"{self.path} has log format {version}; this release reads format {FORMAT}: "
                 "install the release that wrote it"
             )
         return base_seq
 
     def record_at(self, offset: int) -> Record | None:
-        """The whole record at this offset; None if there is none (yet) or it is damaged."""
-        record = self._parse(self._window, offset - self._start, offset)
+        """The whole record that begins at this offset; None if there is none (yet)."""
+        record = parse(self._window, offset - self._start, self.number, offset)
         if record is not None:
             return record
         head = os.pread(self._fd, RECORD_HEADER.size, offset)
         if len(head) < RECORD_HEADER.size or not head.startswith(_MAGIC):
             return None
-        length = RECORD_HEADER.unpack(head)[1]
-        if length > self.size - offset:
+        length = RECORD_HEADER.unpack(head)[2]
+        if not RECORD_HEADER.size <= length <= self.size - offset:
             return None
         self._window = memoryview(os.pread(self._fd, max(length, _WINDOW), offset))
         self._start = offset
-        return self._parse(self._window, 0, offset)
+        return parse(self._window, 0, self.number, offset)
 
-    def _parse(self, data: memoryview, at: int, offset: int) -> Record | None:
-        if not 0 <= at <= len(data) - RECORD_HEADER.size:
-            return None
-        magic, length, seq, schema, crc = RECORD_HEADER.unpack_from(data, at)
-        if magic != _MAGIC or not RECORD_HEADER.size <= length <= len(data) - at:
-            return None
-        payload = data[at + RECORD_HEADER.size : at + length]
-        if zlib.crc32(payload, zlib.crc32(data[at : at + _CHECKED])) != crc:
-            return None
-        return Record(seq, schema, payload, self.number, offset)
+    def records(self, offset: int, above_seq: int) -> Iterator[Record]:
+        """Whole records one behind the other from this offset on, with rising numbers."""
+        while True:
+            record = self.record_at(offset)
+            if record is None or record.seq <= above_seq:
+                return
+            offset, above_seq = end_of(record), record.seq
+            yield record
 
     def find_after(self, offset: int, above_seq: int) -> int | None:
         """Offset of the first whole record at or after `offset` numbered above above_seq."""
@@ -140,7 +162,7 @@ class SegmentFile:
         at = raw.find(_MAGIC) if isinstance(raw, bytes) else -1
         while at >= 0 and isinstance(raw, bytes):
             if (offset + at) % 8 == 0:
-                record = self._parse(data, at, offset + at)
+                record = parse(data, at, self.number, offset + at)
                 if record is not None and record.seq > above_seq:
                     return offset + at
             at = raw.find(_MAGIC, at + 1)
@@ -148,8 +170,13 @@ class SegmentFile:
 
     def blank_from(self, offset: int) -> bool:
         """Whether the file holds nothing but zeros from this offset on."""
-        data = os.pread(self._fd, max(0, self.size - offset), offset)
-        return data.count(0) == len(data)
+        size = self.size
+        while offset < size:
+            data = os.pread(self._fd, _WINDOW, offset)
+            if data.count(0) != len(data):
+                return False
+            offset += len(data)
+        return True
 
     def close(self) -> None:
         """Close the file."""
@@ -160,11 +187,6 @@ class SegmentFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def end_of(record: Record) -> int:
-    """Offset at which the next record begins."""
-    return record.offset + record_size(record.payload.nbytes)
 
 
 @dataclass(slots=True)
@@ -184,11 +206,9 @@ def scan(path: Path, number: int) -> Scan:
         last = -1
         offset: int | None = FIRST_OFFSET
         while offset is not None:
-            record = file.record_at(offset)
-            if record is not None and record.seq > last:
+            for record in file.records(offset, last):
                 last, offset = record.seq, end_of(record)
                 result.next_seq, result.end = max(result.next_seq or 0, last + 1), offset
-                continue
             offset = file.find_after(offset + 8, last)
             if offset is not None:
                 result.clean = False

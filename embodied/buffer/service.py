@@ -20,7 +20,8 @@ from embodied.buffer.messages import (
     EpisodeRequest,
     StatsReply,
 )
-from embodied.buffer.records import decode_schema
+from embodied.buffer.retention import Retention
+from embodied.buffer.schema import decode_schema
 from embodied.buffer.sink import LocalBuffer, StepSink
 from embodied.buffer.writer import ReplayWriter
 from embodied.comms.channels import RequestServer
@@ -39,8 +40,14 @@ class BufferService:
     I/O error of the disk ends it.
     """
 
-    def __init__(self, path: Path, address: str, segment_bytes: int = SEGMENT_BYTES) -> None:
-        self._writer = ReplayWriter(path, segment_bytes)
+    def __init__(
+        self,
+        path: Path,
+        address: str,
+        segment_bytes: int = SEGMENT_BYTES,
+        retention: Retention | None = None,
+    ) -> None:
+        self._writer = ReplayWriter(path, segment_bytes, retention=retention)
         try:
             self._server = RequestServer(address, REQUESTS, self._handle, self._commit)
         except BaseException:

@@ -1,9 +1,11 @@
 """Where actors put their steps: one interface, in this process or in the buffer's own."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, Self
 
 from embodied.buffer.log import SEGMENT_BYTES
+from embodied.buffer.retention import Retention
 from embodied.buffer.writer import Counts, ReplayWriter
 from embodied.core.episodes import Step
 
@@ -28,10 +30,15 @@ class LocalBuffer:
     """A replay written by this process itself: the deterministic single-process mode."""
 
     def __init__(
-        self, path: Path, stream: str = "local", segment_bytes: int = SEGMENT_BYTES
+        self,
+        path: Path,
+        stream: str = "local",
+        segment_bytes: int = SEGMENT_BYTES,
+        codecs: Mapping[str, str] | None = None,
+        retention: Retention | None = None,
     ) -> None:
         self._stream = stream
-        self._writer = ReplayWriter(path, segment_bytes)
+        self._writer = ReplayWriter(path, segment_bytes, codecs=codecs, retention=retention)
 
     def add(self, step: Step) -> None:
         """Append a step; errors as ReplayWriter.append."""

@@ -1,38 +1,35 @@
 """The one writer of a replay: checks order, drops duplicates, appends to the log."""
 
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
 import msgspec
 
-from embodied.buffer.log import SEGMENT_BYTES, LogReader, LogWriter
+from embodied.buffer.blocks import Block, block_path
+from embodied.buffer.catalogue import Catalogue
+from embodied.buffer.log import SEGMENT_BYTES, LogWriter
+from embodied.buffer.progress import Journal, StepOrderError, StreamCounts
 from embodied.buffer.records import (
-    Schema,
+    CONTROL_RECORD,
+    SCHEMA_RECORD,
+    Control,
     StepHeader,
+    check_finite,
     decode_arrays,
     decode_header,
-    decode_schema,
-    encode_schema,
+    encode_control,
     encode_step,
-    schema_id,
-    schema_of,
 )
-from embodied.buffer.segments import Record, record_size
+from embodied.buffer.retention import Retention, SegmentUse
+from embodied.buffer.schema import Codecs, Schema, encode_schema, schema_id
+from embodied.buffer.segments import Record, list_segments, record_size, segment_path
+from embodied.buffer.storage import STORAGE, Storage
 from embodied.core.episodes import Step
-from embodied.core.errors import ConfigError, CorruptDataError
+from embodied.core.errors import ConfigError, CorruptDataError, StorageFullError
 
-
-class StepOrderError(ConfigError):
-    """A step does not continue its episode: its index leaves a gap, or the episode is closed."""
-
-
-class StreamCounts(msgspec.Struct, forbid_unknown_fields=True):
-    """What one stream has stored. steps: actions, final observations not counted."""
-
-    steps: int = 0
-    episodes: int = 0
-    closed: int = 0
+__all__ = ["Counts", "ReplayWriter", "StepOrderError", "StreamCounts"]
 
 
 class Counts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -44,121 +41,224 @@ class Counts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     damaged: int = 0
 
 
-@dataclass(slots=True)
-class _Progress:
-    """Indices seen of an episode: all below next_index but `missing` (lost to damage)."""
-
-    next_index: int = 0
-    missing: set[int] = field(default_factory=set)
-    final_index: int | None = None
-
-
 class ReplayWriter:
     """Appends steps, each at most once, also across restarts.
 
-    A step must have the next index of its episode and the same arrays as all others. Opening
-    reads the whole log once. Raises RunInUseError while another process writes here.
+    A step must have the next index of its episode and the same arrays as the others of its
+    stream. codecs: see schema.Codecs. retention: what to delete when; None keeps everything.
+    Raises RunInUseError while another process writes here.
     """
 
-    def __init__(self, path: Path, segment_bytes: int = SEGMENT_BYTES) -> None:
-        self._log = LogWriter(path, segment_bytes)
-        self._schema: Schema | None = None
-        self._declared = (0, 0)
-        self._episodes: dict[str, dict[int, _Progress]] = {}
-        self._streams: dict[str, StreamCounts] = {}
+    def __init__(
+        self,
+        path: Path,
+        segment_bytes: int = SEGMENT_BYTES,
+        *,
+        codecs: Mapping[str, str] | None = None,
+        retention: Retention | None = None,
+        storage: Storage = STORAGE,
+    ) -> None:
+        self._path = Path(path)
+        self._codecs = Codecs(dict(codecs or {}))
+        self._retention = retention
+        self._storage = storage
+        self._journal = Journal()
+        self._schemas: dict[str, Schema] = {}
+        self._declared: set[int] = set()
         self._damaged = 0
-        reader = LogReader(path)
+        self._uses: dict[int, SegmentUse] = {}
+        self._block = Block(0)
+        self._retaining = False
+        blocks = self._load_blocks()
+        known_next = {number: block.next_seq for number, block in blocks.items()}
+        self._log = LogWriter(
+            self._path,
+            segment_bytes,
+            on_seal=self._on_seal,
+            known_next=known_next,
+            storage=storage,
+        )
         try:
-            for record in reader.poll():
-                self._restore(record)
+            self._catalogue = Catalogue(self._path)
+            self._restore(blocks)
         except BaseException:
             self._log.close()
             raise
-        finally:
-            reader.close()
-        self._damaged += len(reader.damaged)
 
-    def _restore(self, record: Record) -> None:
-        try:
-            if record.schema == 0:
-                schema = decode_schema(record.payload)
-                self._declared = (record.segment, schema_id(record.payload))
-                self._schema = self._schema or schema
-            else:
-                self._note(decode_header(record.payload)[0])
-        except CorruptDataError:
-            self._damaged += 1
+    def _load_blocks(self) -> dict[int, Block]:
+        """Blocks of sealed segments that are whole; read before the lock is taken, as they are
+        never changed."""
+        blocks: dict[int, Block] = {}
+        for number, sealed in list_segments(self._path).items():
+            path = segment_path(self._path, number, sealed=True)
+            if sealed:
+                with contextlib.suppress(CorruptDataError, FileNotFoundError):
+                    size = path.stat().st_size
+                    blocks[number] = Block.load(block_path(self._path, number), number, size)
+        return blocks
 
-    def _note(self, header: StepHeader) -> None:
-        stream = self._streams.setdefault(header.stream, StreamCounts())
-        episodes = self._episodes.setdefault(header.stream, {})
-        progress = episodes.get(header.episode)
-        if progress is None:
-            progress = episodes[header.episode] = _Progress()
-            stream.episodes += 1
-        if header.index < progress.next_index:
-            progress.missing.discard(header.index)
-        else:
-            progress.missing.update(range(progress.next_index, header.index))
-            progress.next_index = header.index + 1
-        if header.final:
-            progress.final_index = header.index
-            stream.closed += 1
-        else:
-            stream.steps += 1
+    def _restore(self, blocks: dict[int, Block]) -> None:
+        segments, known = list_segments(self._path), self._catalogue.segments()
+        for number, sealed in segments.items():
+            block = blocks.get(number)
+            path = segment_path(self._path, number, sealed=sealed)
+            if block is None:
+                block = Block.read(path, number, sealed=sealed)
+                if sealed:
+                    self._save(block)
+            size = path.stat().st_size
+            if sealed and known.get(number) != size:
+                self._catalogue.note(block, size)
+            self._note(block, size)
+            self._block = block
+        for number in known.keys() - segments.keys():
+            self._catalogue.remove(number)
+        for path in self._path.glob("*.cols"):
+            if path.stem.isdigit() and int(path.stem) not in segments:
+                self._storage.unlink(path)
+        for path in self._path.glob(".*.cols.*.tmp"):  # a crash came while they were written
+            self._storage.unlink(path)
+        if segments.get(self._block.segment, True):
+            self._block = Block(self._log.segment)
+        self._declared = set(self._block.rows)
+        self._retain()
 
-    def _is_duplicate(self, stream: str, episode: int, index: int) -> bool:
-        progress = self._episodes.get(stream, {}).get(episode) or _Progress()
-        if index < progress.next_index:
-            return index not in progress.missing
-        where = f"stream '{stream}', episode {episode}"
-        if progress.final_index is not None:
-            raise StepOrderError(
-                f"{where} is closed by its final observation at index {progress.final_index}; a "
-                f"step of index {index} belongs to a new episode"
-            )
-        if index > progress.next_index:
-            raise StepOrderError(
-                f"{where}: step of index {index} leaves a gap; index {progress.next_index} is next"
-            )
-        return False
+    def _note(self, block: Block, size: int) -> None:
+        self._journal.note_block(block)
+        self._damaged += len(block.damaged)
+        streams = {key.stream for key in block.episodes}
+        for rows in block.rows.values():
+            ordinals = set(rows.view[".episode"].tolist())
+            for stream in {block.episodes[ordinal].stream for ordinal in ordinals}:
+                self._schemas.setdefault(stream, rows.schema)
+        self._uses[block.segment] = SegmentUse(block.segment, size, frozenset(streams))
+
+    def _save(self, block: Block) -> int:
+        """Write a block's file; without space it is left out, and made when next opened.
+
+        Returns the size of the segment.
+        """
+        size = segment_path(self._path, block.segment, sealed=True).stat().st_size
+        with contextlib.suppress(StorageFullError):
+            block.save(block_path(self._path, block.segment), size)
+        return size
+
+    def _on_seal(self, segment: int) -> None:
+        if self._block.segment != segment:  # found damaged when opening: read again then
+            return
+        size = self._save(self._block)
+        streams = frozenset(key.stream for key in self._block.episodes)
+        self._uses[segment] = SegmentUse(segment, size, streams)
+        with contextlib.suppress(StorageFullError):
+            self._catalogue.note(self._block, size)
 
     def append(self, step: Step) -> int | None:
         """Append a step; its sequence number, or None if the replay already has its key.
 
-        Raises StepOrderError, SpecError if its arrays differ from earlier steps' or cannot be
-        stored, and StorageFullError, after which the same step can be appended again.
+        Raises StepOrderError, SpecError if its arrays differ from earlier steps' of the stream or
+        cannot be stored, and StorageFullError, after which the same step can be appended again.
         """
-        schema = schema_of(step)
-        if self._schema is not None and schema is not self._schema:
-            self._schema.check_equal(schema, f"step {step.key}")
+        schema = self._codecs.schema_of(step)
+        self._check_schema(schema, step.stream, f"step {step.key}")
         payload = encode_step(step, schema)
-        if self._is_duplicate(*step.key):
+        header, _ = decode_header(payload)
+        if self._journal.is_duplicate(header):
             return None
-        return self._write(decode_header(payload)[0], schema, payload)
+        return self._write(header, schema, payload)
 
     def append_encoded(self, payload: memoryview, schema: Schema) -> int | None:
         """As append, for a payload of encode_step. Raises CorruptDataError if it is not one."""
         header, start = decode_header(payload)
-        if self._schema is not None and schema is not self._schema:
-            self._schema.check_equal(schema, f"step at {header.where}")
-        if self._is_duplicate(header.stream, header.episode, header.index):
+        self._check_schema(schema, header.stream, f"step at {header.where}")
+        if self._journal.is_duplicate(header):
             return None
-        decode_arrays(payload, start, schema)
+        try:
+            observation, action = decode_arrays(payload, start, header, schema)
+        except CorruptDataError as error:
+            raise CorruptDataError(f"step at {header.where}: {error}") from error
+        for name, array in (*observation.items(), ("action", action)):
+            check_finite(name, array, (header.stream, header.episode, header.index))
         return self._write(header, schema, payload)
 
+    def _check_schema(self, schema: Schema, stream: str, where: str) -> None:
+        known = self._schemas.get(stream)
+        if known is not None and known is not schema:
+            known.check_same_arrays(schema, where, f"stream '{stream}'")
+
     def _write(self, header: StepHeader, schema: Schema, payload: bytearray | memoryview) -> int:
-        if self._schema is None:
-            self._schema = schema
-        declaration = encode_schema(self._schema)
+        declaration = encode_schema(schema)
         number = schema_id(declaration)
-        self._log.ensure_room(record_size(len(payload)) + record_size(len(declaration)))
-        if self._declared != (self._log.segment, number):
-            self._log.append(declaration)
-            self._declared = (self._log.segment, number)
-        seq = self._log.append(payload, schema=number)
-        self._note(header)
+        try:
+            self._ensure_room(record_size(len(payload)) + record_size(len(declaration)))
+        except ConfigError as error:
+            raise ConfigError(f"step at {header.where}: {error}") from error
+        if number not in self._declared:
+            self._append(SCHEMA_RECORD, declaration)
+            self._declared.add(number)
+        seq = self._append(number, payload)
+        self._journal.note(header, self._log.segment)
+        self._schemas.setdefault(header.stream, schema)
         return seq
+
+    def _ensure_room(self, record_bytes: int) -> None:
+        before = self._log.segment
+        self._log.ensure_room(record_bytes)
+        if self._log.segment != before:
+            self._block = Block(self._log.segment)
+            self._declared = set()
+            self._retain()
+
+    def _append(self, schema: int, payload: bytes | bytearray | memoryview) -> int:
+        offset = self._log.offset
+        seq = self._log.append(payload, schema=schema)
+        self._block.add(Record(seq, schema, memoryview(payload), self._log.segment, offset))
+        return seq
+
+    def delete(self, stream: str, episode: int) -> None:
+        """Count an episode as not there any more; compaction gives its space back.
+
+        Raises ConfigError if there is none.
+        """
+        if not self._journal.has(stream, episode):
+            raise ConfigError(f"no episode {episode} of stream '{stream}' in {self._path}")
+        self.append_control(Control(deleted=((stream, episode),)))
+        self._journal.delete(stream, episode)
+        self.flush()
+
+    def append_control(self, control: Control) -> None:
+        """Append a control record; the journal of what is there does not change by it."""
+        payload = encode_control(control)
+        self._ensure_room(record_size(len(payload)))
+        self._append(CONTROL_RECORD, payload)
+
+    def _retain(self) -> None:
+        """Delete what the retention policy does not keep."""
+        if self._retention is None or self._retaining:
+            return
+        self._retaining = True  # recording it may need a new segment
+        try:
+            self._delete_expired(self._retention)
+        finally:
+            self._retaining = False
+
+    def _delete_expired(self, retention: Retention) -> None:
+        for number in retention.expired(self._uses.values(), self._log.segment):
+            if self._journal.grows(number):
+                return
+            kept = [n for n in (*self._uses, self._log.segment) if n != number]
+            self.append_control(self._journal.segment_removed(number, kept))
+            self.flush()
+            self._log.remove(number)
+            del self._uses[number]
+            with contextlib.suppress(FileNotFoundError):
+                self._storage.unlink(block_path(self._path, number))
+            with contextlib.suppress(StorageFullError):  # put right when next opened
+                self._catalogue.remove(number)
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """What is in the sealed segments, and consumers' cursors."""
+        return self._catalogue
 
     @property
     def next_seq(self) -> int:
@@ -171,11 +271,12 @@ class ReplayWriter:
 
     def next_episode(self, stream: str) -> int:
         """Smallest number above all episodes of the stream."""
-        return max(self._episodes.get(stream, ()), default=-1) + 1
+        return self._journal.next_episode(stream)
 
     def counts(self) -> Counts:
         """What has been appended so far."""
-        streams = {name: msgspec.structs.replace(c) for name, c in sorted(self._streams.items())}
+        found = self._journal.streams
+        streams = {name: msgspec.structs.replace(c) for name, c in sorted(found.items())}
         return Counts(
             sum(stream.steps for stream in streams.values()),
             sum(stream.closed for stream in streams.values()),
@@ -184,8 +285,11 @@ class ReplayWriter:
         )
 
     def close(self) -> None:
-        """Flush and give the directory up; safe to call twice."""
-        self._log.close()
+        """Seal what is there and give the directory up; safe to call twice."""
+        try:
+            self._log.close()
+        finally:
+            self._catalogue.close()
 
     def __enter__(self) -> Self:
         return self

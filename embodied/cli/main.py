@@ -18,6 +18,7 @@ _COMMANDS = {
     "estop": ("estop", "halt this host's robots at once, until a person clears it"),
     "teleop": ("teleop", "move a robot by keyboard, gamepad or leader arm"),
     "record": ("record", "record demonstrations by a person on a robot"),
+    "buffer": ("buffer", "look into replay buffers; check, join, divide, export and import them"),
     "calibrate": ("calibrate", "calibrate an SO-101 arm, follower or leader"),
     "report": ("report", "write report.html of a run directory"),
 }

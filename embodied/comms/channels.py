@@ -97,13 +97,13 @@ class RequestServer(Channel):
             try:
                 replies.append((frames[:2], *self._handler(header, arrays)))
             except EmbodiedError as error:
-                replies.append((frames[:2], _error_reply(error), {}))
+                replies.append((frames[:2], error_reply(error), {}))
         refusal: ErrorReply | None = None
         if replies and self._commit is not None:
             try:
                 self._commit()
             except EmbodiedError as error:
-                refusal = _error_reply(error)
+                refusal = error_reply(error)
         for envelope, header, arrays in replies:
             if refusal is not None and not isinstance(header, ErrorReply):
                 header, arrays = refusal, {}
@@ -111,7 +111,8 @@ class RequestServer(Channel):
         return len(replies)
 
 
-def _error_reply(error: EmbodiedError) -> ErrorReply:
+def error_reply(error: EmbodiedError) -> ErrorReply:
+    """What a client is told of a handler's refusal."""
     return ErrorReply(type(error).__name__, str(error)[:_MAX_ERROR_CHARS])
 
 

@@ -32,6 +32,8 @@ DTYPES = {
 }
 """The only dtypes that cross a boundary."""
 
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
 if sys.byteorder != "little":
     raise ImportError("embodied.comms.codec writes native arrays and needs a little-endian machine")
 
@@ -41,6 +43,10 @@ Types = type[msgspec.Struct] | tuple[type[msgspec.Struct], ...] | python_types.U
 
 _MAGIC = b"EMB"
 _PREFIX = len(_MAGIC) + 1
+_BEGIN = _MAGIC + bytes([PROTOCOL])
+_SMALL_BYTES = 1 << 10
+"""Arrays up to this size are copied: faster than three views of them."""
+
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -78,7 +84,8 @@ def encode(header: msgspec.Struct, arrays: Mapping[str, np.ndarray]) -> list[byt
     entries: list[tuple[str, str, tuple[int, ...]]] = []
     frames: list[bytes | memoryview] = [b""]
     for name, array in arrays.items():
-        if array.dtype.name not in DTYPES or not array.dtype.isnative:
+        dtype = _NAMES.get(array.dtype)
+        if dtype is None:
             raise SpecError(
                 f"array '{name}' has dtype {array.dtype.str}; native ones of {', '.join(DTYPES)} "
                 "can be sent"
@@ -88,12 +95,13 @@ def encode(header: msgspec.Struct, arrays: Mapping[str, np.ndarray]) -> list[byt
                 f"array '{name[:256]}' has shape {array.shape} and {array.nbytes} bytes; at most "
                 f"{MAX_DIMS} axes, {MAX_ARRAY_BYTES} bytes and a name of 1 to 256 characters"
             )
-        entries.append((name, array.dtype.name, array.shape))
-        frames.append(raw_bytes(array).data)
+        entries.append((name, dtype, array.shape))
+        small = array.nbytes <= _SMALL_BYTES
+        frames.append(array.tobytes() if small else raw_bytes(array).data)
     envelope = _encoder.encode((header, entries))
     if _PREFIX + len(envelope) > MAX_HEADER_BYTES:
         raise SpecError(f"a header of {len(envelope)} bytes; at most {MAX_HEADER_BYTES} are sent")
-    frames[0] = _MAGIC + bytes([PROTOCOL]) + envelope
+    frames[0] = _BEGIN + envelope
     return frames
 
 

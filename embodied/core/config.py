@@ -64,11 +64,17 @@ def compose(primary: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _readable(primary: str, overrides: Sequence[str], error: Exception) -> ConfigError:
-    """Name the override that Hydra refused and the nearest key or choice."""
+    """Name the override that Hydra refused and the nearest key or choice, or what is missing."""
     from hydra import compose as hydra_compose
     from omegaconf import OmegaConf
+    from omegaconf.errors import MissingMandatoryValue
 
     text = str(error)
+    if isinstance(error, MissingMandatoryValue):
+        return ConfigError(
+            f"configuration: {error.full_key} is missing: add {error.full_key}=VALUE "
+            f"(configs/{primary}.yaml and what it names say which)"
+        )
     if missing := re.search(r"Could not find '([^']+)'", text):
         group, _, choice = missing[1].rpartition("/")
         options = re.findall(r"^\t(\S+)$", text, re.MULTILINE)

@@ -15,7 +15,8 @@ class Step:
     reward, terminated, truncated, success: outcome of this step's action. intervention: an
     expert or a person chose the action. held: the device executed no command in this tick, so the
     action is no label. policy_version: weights that acted. final: the last observation of
-    the episode, stored once after its last action; its other fields mean nothing.
+    the episode, stored once after its last action; its other fields mean nothing. t_ns: when the
+    observation was taken, on the stream's own monotonic clock; it never falls within an episode.
     """
 
     stream: str
@@ -33,6 +34,7 @@ class Step:
     task: str = ""
     seed: int = -1
     final: bool = False
+    t_ns: int = 0
 
     @property
     def key(self) -> tuple[str, int, int]:

@@ -9,13 +9,17 @@ _PR_SET_PDEATHSIG = 1
 _PRIORITY = 10
 
 
-def die_with_parent() -> None:
+def die_with_parent(parent: int) -> None:
     """Have the kernel end this process (SIGTERM) when its parent dies, however that dies (Linux).
 
-    A parent that died before this call is not noticed: compare os.getppid() with its number.
+    parent: the parent's number, as it told it itself. If it has died before this call, the same
+    signal comes at once. Whoever adopts orphans here tells nothing: it need not be process 1, and
+    process 1 may well be a parent.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def alive(pid: int) -> bool:

@@ -1,6 +1,6 @@
 """What drivers and policies must provide. Shapes: B batch, To history, H chunk, D action."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -61,6 +61,16 @@ class Renders(Protocol):
 
     def render(self, width: int, height: int) -> np.ndarray:
         """Picture [height, width, 3], uint8."""
+        ...
+
+
+@runtime_checkable
+class Snapshots(Protocol):
+    """A driver that can be drawn while it goes on: drawing takes longer than a servo step."""
+
+    def snapshot(self, width: int, height: int) -> Callable[[], np.ndarray]:
+        """Keep what is to be seen now; what is returned draws it later, [height, width, 3],
+        uint8, without the driver. Always call that from the same thread."""
         ...
 
 

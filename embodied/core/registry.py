@@ -72,6 +72,8 @@ BUILTIN: dict[str, dict[str, str]] = {
     "datasets": {
         "pusht_human": "sim.pusht_demos:PushTDemonstrations",
         "recorded": "embodied.buffer.recorded:RecordedEpisodes",
+        "lerobot": "embodied.buffer.interchange.lerobot_import:LeRobotEpisodes",
+        "robomimic": "embodied.buffer.interchange.robomimic:RobomimicEpisodes",
     },
 }
 """Kind → name → 'module:Class'. Third parties add rows by entry points in `embodied.<kind>`."""

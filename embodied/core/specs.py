@@ -1,5 +1,6 @@
 """Declared shapes, units and bounds of everything that crosses a boundary."""
 
+import functools
 import math
 from collections.abc import Mapping
 
@@ -9,6 +10,9 @@ import numpy as np
 from embodied.core.errors import SpecError
 
 MAX_ELEMENTS = 1 << 31
+
+_dtype = functools.cache(np.dtype)
+"""np.dtype parses its name anew each time."""
 
 
 class ArraySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,7 +69,7 @@ class ArraySpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Return `value` if shape and dtype fit; raise SpecError that names `where` if not."""
         if value.shape != self.shape:
             raise SpecError(f"{where} has shape {value.shape}; its spec says {self.shape}")
-        if value.dtype != np.dtype(self.dtype):
+        if value.dtype != _dtype(self.dtype):
             raise SpecError(f"{where} has dtype {value.dtype}; its spec says {self.dtype}")
         return value
 

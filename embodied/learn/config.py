@@ -12,6 +12,8 @@ class LearnerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     limit; whichever comes first ends the run (lockstep takes steps only). The learning rate
     follows a cosine over that budget. publish_every, checkpoint_every: steps.
     samples_per_insert: upper bound on sampled windows per recorded step; null for none.
+    device: where it computes. On "cuda" the run leases one GPU of this host for itself: gpu says
+    which, as a selector, gpu_wait_s how long to wait for it.
     """
 
     batch_size: int
@@ -28,3 +30,6 @@ class LearnerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     checkpoint_every: int
     steps_per_round: int
     samples_per_insert: float | None
+    device: Literal["cpu", "cuda"] = "cpu"
+    gpu: str = "gpu"
+    gpu_wait_s: float = 60.0

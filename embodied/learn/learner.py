@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ class Learner:
     def __init__(
         self, policy: Any, policy_format: PolicyFormat, config: LearnerConfig, *, seed: int
     ) -> None:
-        self.policy = policy
+        self._device = torch.device(config.device)
+        self.policy = policy.to(self._device)
         self._format = policy_format
         self.config = config
         self.step = 0
@@ -69,14 +71,29 @@ class Learner:
         warmup = min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
         return self.config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * self.progress))
 
+    def pin(self, memory: mmap) -> None:
+        """Lock memory in which batches will lie, so that a GPU copies them by itself."""
+        if self._device.type == "cuda":
+            view = torch.frombuffer(memory, dtype=torch.uint8)
+            cudart: Any = torch.cuda.cudart()
+            status = cudart.cudaHostRegister(view.data_ptr(), len(memory), 0)
+            if int(status):
+                raise EmbodiedError(f"cudaHostRegister of {len(memory)} bytes: error {status}")
+
     def update(self, batch: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """One gradient step on a batch from a sampler; returns its metrics."""
-        tensors = {key: torch.from_numpy(value) for key, value in batch.items()}
+        """One gradient step on a batch from a sampler; returns its metrics.
+
+        The batch's memory may be used again as soon as this returns.
+        """
+        tensors = {
+            key: torch.from_numpy(x).to(self._device, non_blocking=True) for key, x in batch.items()
+        }
         rate = self.learning_rate()
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self.policy.train()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+        reduced = self.config.precision == "bfloat16"
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=reduced):
             loss, metrics = self.policy.loss(tensors)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -94,7 +111,7 @@ class Learner:
     def weights(self) -> tuple[dict[str, Any], Arrays]:
         """Configuration and arrays of the policy with averaged weights: what acts."""
         config, arrays = self._format.pack(self.policy)
-        averaged = {name: value.numpy() for name, value in self.ema.parameters().items()}
+        averaged = {name: value.cpu().numpy() for name, value in self.ema.parameters().items()}
         return config, {**arrays, **averaged}
 
     def save(self, path: Path, extra: Mapping[str, Any]) -> None:
@@ -102,13 +119,13 @@ class Learner:
         config, arrays = self._format.pack(self.policy)
         tensors = {f"policy/{name}": value for name, value in arrays.items()}
         for name, value in self.ema.parameters().items():
-            tensors[f"ema/{name}"] = value.numpy()
+            tensors[f"ema/{name}"] = value.cpu().numpy()
         steps = 0.0
         for name, parameter in zip(self._names, self._parameters, strict=True):
             state = self._optimizer.state.get(parameter, {})
             for key in ("exp_avg", "exp_avg_sq"):
                 if key in state:
-                    tensors[f"optimizer/{key}/{name}"] = state[key].numpy()
+                    tensors[f"optimizer/{key}/{name}"] = state[key].cpu().numpy()
             steps = float(state.get("step", 0.0))
         tensors["training_rng"] = self.policy.training_rng_state().numpy()
         header = {
@@ -145,10 +162,13 @@ class Learner:
     def _load_optimizer(self, arrays: Mapping[str, np.ndarray], steps: float) -> None:
         for name, parameter in zip(self._names, self._parameters, strict=True):
             if steps:
+                moments = {
+                    key: torch.from_numpy(arrays[f"optimizer/{key}/{name}"])
+                    for key in ("exp_avg", "exp_avg_sq")
+                }
                 self._optimizer.state[parameter] = {
-                    "step": torch.tensor(steps),
-                    "exp_avg": torch.from_numpy(arrays[f"optimizer/exp_avg/{name}"]).clone(),
-                    "exp_avg_sq": torch.from_numpy(arrays[f"optimizer/exp_avg_sq/{name}"]).clone(),
+                    "step": torch.tensor(steps, device=self._device),
+                    **{k: v.to(self._device, copy=True) for k, v in moments.items()},
                 }
 
 

@@ -2,20 +2,26 @@
 
 import time
 from collections.abc import Callable
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from embodied.buffer.limiter import RateLimiter
+from embodied.buffer.loader import LoaderClient
 from embodied.buffer.replay import EpisodeInfo, ReplayReader
 from embodied.buffer.samplers import WindowSampler, WindowSpec
 from embodied.core.errors import CorruptDataError
 from embodied.core.seeds import derive_seed, make_rng
+from embodied.learn.batches import Batches, InlineBatches, LoadedBatches
 from embodied.learn.bc import BC
 from embodied.learn.config import LearnerConfig
 from embodied.learn.learner import Learner, PolicyFormat
 from embodied.weights.store import WeightStore
+
+StartLoader = Callable[[int, Callable[[mmap], None]], LoaderClient]
+"""Starts a loader, given the gradient steps so far and what pins the memory of its batches."""
 
 _REFRESH_STEPS = 20
 _LOG_STEPS = 50
@@ -49,6 +55,7 @@ class Trainer:
         seed: int,
         sitting: int,
         on_metrics: Callable[[dict[str, Any]], None],
+        start_loader: StartLoader | None = None,
     ) -> None:
         self._reader = ReplayReader(buffer, ram_bytes=ram_bytes)
         self._weights = weights
@@ -64,10 +71,13 @@ class Trainer:
         slack = config.batch_size + (config.samples_per_insert or 0.0)
         self._limiter = RateLimiter(config.samples_per_insert, min_inserted=0, slack=slack)
         self._inserted = 0
-        self._sampler: WindowSampler | None = None
+        self._start_loader = start_loader
+        self._batches: Batches | None = None
+        self._counted = 0
         self._losses: list[float] = []
         self._published_step = -1
         self._saved_step = -1
+        self.waited_s = 0.0
         self.learner: Learner | None = None
 
     @property
@@ -82,9 +92,9 @@ class Trainer:
 
     def demonstrations(self) -> int:
         """Whole demonstrations in the buffer, after reading what is new."""
-        self._refresh()
+        self._reader.refresh()
         only_successful = self._algorithm.config.only_successful
-        return sum(is_demonstration(e, only_successful) for e in self._reader.closed_episodes())
+        return sum(is_demonstration(e, only_successful) for e in self._reader.finished())
 
     def start(self) -> None:
         """Build the policy from the data, or continue from the checkpoint."""
@@ -95,30 +105,44 @@ class Trainer:
             self._saved_step = self.learner.step
             self._limiter.load(extra["limiter"])
             self._inserted = extra["inserted"]
-        self._sampler = WindowSampler(self._reader, self._window, select=self._algorithm.select)
-        self._refresh()
+        self._reader.refresh()
+        sampler = WindowSampler(self._reader, self._window, select=self._algorithm.select)
         if self.learner is None:
             keys = [*self._window.observation_keys, "action"]
-            policy = self._format.make(self._sampler.statistics(keys))
+            policy = self._format.make(sampler.statistics(keys))
             training_seed = derive_seed(self._seed, "training noise")
             self.learner = Learner(policy, self._format, self._config, seed=training_seed)
+        if self._start_loader is None:
+            size = self._config.batch_size
+            self._batches = InlineBatches(self._reader, sampler, size, self._rng)
+        else:
+            self._reader.close()
+            self._batches = LoadedBatches(self._start_loader(self.step, self.learner.pin))
+        self._count()
 
     def update(self) -> bool:
-        """One gradient step; False if the rate limiter wants more data first."""
-        assert self.learner is not None and self._sampler is not None
+        """One gradient step; False if the rate limiter wants more data first, or none came yet.
+
+        waited_s: time that it has waited for batches.
+        """
+        assert self.learner is not None and self._batches is not None
         started_s = time.perf_counter()
         if self.learner.step % _REFRESH_STEPS == 0:
-            self._refresh()
+            self._batches.refresh()
+        self._count()
         if not self._limiter.can_sample(self._config.batch_size):
-            self._refresh()
+            self._batches.refresh()
             return False
-        batch = self._sampler.sample(self._config.batch_size, self._rng)
+        batch = self._batches.next()
+        self.waited_s += time.perf_counter() - started_s
+        if batch is None:
+            return False
         self._limiter.sampled(self._config.batch_size)
         metrics = self.learner.update(batch)
         self._losses.append(metrics["loss"])
         if self.learner.step % _LOG_STEPS == 0:
             row = {**metrics, "loss": float(np.mean(self._losses)), "step": self.learner.step}
-            self._on_metrics({**row, "windows": self._sampler.num_candidates})
+            self._on_metrics({**row, "windows": self._batches.num_candidates})
             self._losses.clear()
         self.learner.seconds += time.perf_counter() - started_s
         return True
@@ -166,14 +190,21 @@ class Trainer:
         fresh.replace(newest)
         self._saved_step = self.learner.step
 
-    def _refresh(self) -> None:
-        self._reader.refresh()
-        if self._sampler is not None:
-            self._sampler.refresh()
-        steps = self._reader.num_steps
-        if steps > self._inserted:
-            self._limiter.inserted(steps - self._inserted)
-            self._inserted = steps
+    def _count(self) -> None:
+        """Tell the rate limiter of steps that were recorded since the last call."""
+        assert self._batches is not None
+        steps = self._batches.num_steps
+        if self._counted == 0:  # what a resumed run had counted before may be deleted by now
+            self._counted = min(steps, self._inserted)
+        new, self._counted = steps - self._counted, steps
+        self._inserted += new
+        self._limiter.inserted(new)
+
+    def close(self) -> None:
+        """End the loader and close the buffer; safe to call twice."""
+        if self._batches is not None:
+            self._batches.close()
+        self._reader.close()
 
 
 def _checkpoint_files(folder: Path) -> tuple[Path, Path]:

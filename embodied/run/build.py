@@ -1,11 +1,14 @@
 """What a run's configuration builds; shared by the engines."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from embodied.buffer.replay import ReplayReader
-from embodied.buffer.sink import StepSink
+from embodied.buffer.samplers import WindowSampler
+from embodied.buffer.sink import LocalBuffer, StepSink
 from embodied.buffer.statistics import FeatureStats
 from embodied.buffer.windows import WindowSpec
 from embodied.core.config import component, convert
@@ -13,14 +16,16 @@ from embodied.core.errors import ConfigError
 from embodied.core.rundir import RunDir
 from embodied.core.seeds import derive_seed
 from embodied.core.specs import DeviceSpec
-from embodied.learn.learner import PolicyFormat
-from embodied.learn.trainer import Trainer
 from embodied.run.actor import make_algorithm
 from embodied.run.config import DemonstrationsConfig, TrainConfig
 from embodied.run.evaluate import summarise
 from embodied.run.record import import_dataset
 from embodied.weights.store import WeightStore
 from sim import family
+
+if TYPE_CHECKING:  # they load torch, which not every role needs
+    from embodied.learn.learner import PolicyFormat
+    from embodied.learn.trainer import StartLoader, Trainer
 
 MIB = 1 << 20
 
@@ -40,6 +45,7 @@ def window_spec(config: TrainConfig) -> WindowSpec:
 
 def policy_format(config: TrainConfig) -> PolicyFormat:
     """How the run's policies are made from statistics, and become data and come back."""
+    from embodied.learn.learner import PolicyFormat
     from policies.build import build_policy
     from policies.checkpoint import policy_from_state, policy_state
 
@@ -58,9 +64,14 @@ def policy_format(config: TrainConfig) -> PolicyFormat:
 
 
 def make_trainer(
-    run: RunDir, config: TrainConfig, on_metrics: Callable[[dict[str, Any]], None]
+    run: RunDir,
+    config: TrainConfig,
+    on_metrics: Callable[[dict[str, Any]], None],
+    start_loader: StartLoader | None = None,
 ) -> Trainer:
-    """The learner's side of the run."""
+    """The learner's side of the run; with start_loader, its batches come from that process."""
+    from embodied.learn.trainer import Trainer
+
     return Trainer(
         buffer=run.buffer,
         ram_bytes=config.buffer.ram_mib * MIB,
@@ -73,12 +84,28 @@ def make_trainer(
         seed=config.seed,
         sitting=run.sitting(),
         on_metrics=on_metrics,
+        start_loader=start_loader,
+    )
+
+
+def make_local_buffer(run: RunDir, config: TrainConfig) -> LocalBuffer:
+    """The run's buffer, to be written by this process."""
+    return LocalBuffer(
+        run.buffer,
+        segment_bytes=config.buffer.segment_mib * MIB,
+        codecs=config.buffer.codecs,
+        retention=config.buffer.retention,
     )
 
 
 def make_reader(run: RunDir, config: TrainConfig) -> ReplayReader:
     """A reader of the run's buffer."""
     return ReplayReader(run.buffer, ram_bytes=config.buffer.ram_mib * MIB)
+
+
+def make_sampler(config: TrainConfig, reader: ReplayReader) -> WindowSampler:
+    """What the run's learner learns from."""
+    return WindowSampler(reader, window_spec(config), select=make_algorithm(config).select)
 
 
 def import_demonstrations(

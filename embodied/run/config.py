@@ -4,9 +4,12 @@ from typing import Any, Literal
 
 import msgspec
 
+from embodied.buffer.retention import Retention
+from embodied.buffer.schema import Codecs
 from embodied.core import config as core_config
 from embodied.core.errors import ConfigError
 from embodied.learn.config import LearnerConfig
+from hal.gpus import one_gpu
 from hal.pool import selectors
 from sim import family
 from sim.family import SimConfig
@@ -78,10 +81,26 @@ class EvaluationConfig(_Struct, frozen=True):
 
 
 class BufferConfig(_Struct, frozen=True):
-    """segment_mib: size of a log segment. ram_mib: budget of a reader's columns."""
+    """segment_mib: size of a log segment. ram_mib: memory budget of each reader. loader: whether
+    batches are made by a process of their own (lockstep runs make them in the learner's). codecs:
+    feature, or pattern that ends in "*" → how its arrays are stored: raw, zstd, webp, webp:Q,
+    jpeg:Q. max_gib: bytes on disk beyond which the oldest segments are deleted; null keeps all.
+    pinned: streams that are never deleted, by name or pattern.
+    """
 
     segment_mib: int
     ram_mib: int
+    loader: bool
+    codecs: dict[str, str]
+    max_gib: float | None
+    pinned: tuple[str, ...]
+
+    @property
+    def retention(self) -> Retention | None:
+        """What to delete when; None for nothing."""
+        if self.max_gib is None:
+            return None
+        return Retention(max_bytes=round(self.max_gib * (1 << 30)), pinned=self.pinned)
 
 
 class TrainConfig(_Struct, frozen=True):
@@ -155,6 +174,10 @@ def check(config: TrainConfig) -> TrainConfig:
     if config.run.resume and config.run.dir is None:
         raise ConfigError("run.resume=true needs run.dir: the directory of the run to continue")
     _check_devices(config)
+    if learner.device == "cuda":
+        one_gpu(learner.gpu)
+        if config.run.mode == "lockstep":
+            raise ConfigError("run.mode=lockstep repeats bit for bit: it needs learner.device=cpu")
     _check_numbers(config)
     return config
 
@@ -191,6 +214,9 @@ def _check_data(config: TrainConfig, *, collects: bool) -> None:
         )
     if demonstrations.source == "expert" and not demonstrations.episodes:
         raise ConfigError("demonstrations.episodes must be at least 1 with source=expert")
+    Codecs(config.buffer.codecs)
+    if config.buffer.max_gib is not None and not config.buffer.max_gib > 0:
+        raise ConfigError(f"buffer.max_gib is {config.buffer.max_gib}; it must be positive or null")
 
 
 _AT_LEAST = {
@@ -209,6 +235,7 @@ _AT_LEAST = {
     },
     0: {
         "actors": ("speed",),
+        "learner": ("gpu_wait_s",),
         "demonstrations": ("noise",),
         "evaluation": ("episodes", "final_episodes", "videos"),
     },

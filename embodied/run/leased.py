@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Self
 
@@ -14,10 +15,12 @@ from hal.pool.selectors import Selector, parse
 from hal.pool.state import pool_path, state_dir
 from hal.remote import RemoteDevice
 from hal.safety.latch import HOST_STOP, latch_file, latch_reason, set_latch
+from hal.teleop.asking import PersonStopped
 
 _TTL_S = 3.0
 _ASK_S = 0.25
 _STATUS_S = 0.5
+_PAUSE_S = 0.02
 
 
 class LeasedRobot:
@@ -80,6 +83,36 @@ class LeasedRobot:
             self.waiting_for = str(error)
             return None
 
+    def keep(
+        self,
+        device: RemoteDevice,
+        use: Callable[[RemoteDevice], None],
+        *,
+        waiting: Callable[[], None],
+        lost: Callable[[], None],
+    ) -> None:
+        """Use a device until that returns or the person stops; lost or halted, it is got back.
+
+        device: as leased. waiting: called again and again while there is none. lost: called once
+        when it was given back.
+        """
+        held: RemoteDevice | None = device
+        while True:
+            try:
+                if held is not None:
+                    use(held)
+                    return
+                waiting()
+            except (LeaseError, DeviceLostError) as error:
+                self._lose(str(error), lost)
+            except PersonStopped as stopped:
+                if stopped.event == "stop":
+                    return
+                self.halt()
+                self._lose(str(stopped), lost)
+            time.sleep(_PAUSE_S)
+            held = self.poll()
+
     def status(self) -> DeviceStatus | None:
         """The pool's word on the device, at most half a second old; None if it has none."""
         now_s = time.monotonic()
@@ -133,6 +166,11 @@ class LeasedRobot:
             raise
         self.waiting_for = ""
         return self._device
+
+    def _lose(self, why: str, lost: Callable[[], None]) -> None:
+        self.release()
+        self.waiting_for = why
+        lost()
 
     def _latched(self) -> str:
         """Why the device stands still until a person clears it, before the pool has heard of it."""

@@ -14,15 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embodied.buffer.sink import LocalBuffer
 from embodied.comms.channels import PullChannel
-from embodied.core.errors import EmbodiedError, StorageFullError
+from embodied.core.errors import EmbodiedError, LeaseError, StorageFullError
 from embodied.core.files import full_disk_named
 from embodied.core.rundir import RunDir
 from embodied.run import build
 from embodied.run.config import TrainConfig
+from embodied.run.robots import printable
 from embodied.run.roles import FAILED
 from embodied.run.telemetry import Beat, address
+from hal.gpus import LeasedGpu
 
 _RESTARTS = 5
 _RESTART_WINDOW_S = 120.0
@@ -47,6 +48,17 @@ class Role:
     finished: bool = False
 
 
+def learner_gpu(run: RunDir, config: TrainConfig) -> LeasedGpu | None:
+    """The GPU that the run's learner needs, leased; None for one that computes on the CPU."""
+    learner = config.learner
+    if learner.device != "cuda":
+        return None
+    holder = printable(f"{run.path.name}/learner")
+    gpu = LeasedGpu(holder, learner.gpu, learner.gpu_wait_s).open()
+    run.event("gpu leased", gpu=gpu.id)
+    return gpu
+
+
 class Supervisor:
     """Starts the roles, restarts those that die, ends them when learner and evaluator are done.
 
@@ -63,13 +75,13 @@ class Supervisor:
         self._sockets = tempfile.mkdtemp(prefix="embodied-")
         self._roles: dict[str, Role] = {}
         self._telemetry: PullChannel | None = None
+        self._gpu: LeasedGpu | None = None
 
     def run(self) -> None:
         """Run to the end of the learner's budget and the last evaluation."""
         try:
-            with LocalBuffer(
-                self._run.buffer, segment_bytes=self._config.buffer.segment_mib * build.MIB
-            ) as sink:
+            self._gpu = learner_gpu(self._run, self._config)
+            with build.make_local_buffer(self._run, self._config) as sink:
                 build.import_demonstrations(sink, self._config.demonstrations, self._config.task)
             self._telemetry = PullChannel(address(self._sockets, "telemetry"), (Beat,))
             names = ["buffer", "learner", "evaluator"]
@@ -92,6 +104,8 @@ class Supervisor:
     def _start(self, name: str) -> subprocess.Popen[bytes]:
         threads = str(self._config.learner.threads if name == "learner" else 1)
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        if name == "learner" and self._gpu is not None:
+            environment |= self._gpu.environment
         command = [sys.executable, "-m", "embodied.run.roles", name]
         command += [str(self._run.path), self._sockets, str(os.getpid())]
         path = self._run.path / "logs" / f"{name}.log"
@@ -118,6 +132,10 @@ class Supervisor:
         for role in self._roles.values():
             if not role.finished:
                 self._check(role)
+        if self._gpu is not None and (lost := self._gpu.lost):
+            raise LeaseError(
+                f"the learner's {self._gpu.id} is lost: {lost}. Continue with run.resume=true"
+            )
         self._notify({name: role.values for name, role in self._roles.items()})
 
     def _check(self, role: Role) -> None:
@@ -169,4 +187,6 @@ class Supervisor:
                         self._run.event("role killed", role=role.name)
         if self._telemetry is not None:
             self._telemetry.close()
+        if self._gpu is not None:
+            self._gpu.close()
         shutil.rmtree(Path(self._sockets), ignore_errors=True)

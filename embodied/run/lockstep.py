@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
-from embodied.buffer.sink import LocalBuffer
+from embodied.buffer.sink import StepSink
 from embodied.core.rundir import RunDir
 from embodied.run import build
 from embodied.run.actor import Actor
@@ -71,7 +71,7 @@ class Lockstep:
     def run(self) -> None:
         """All rounds, then the last evaluation; everything is closed at the end."""
         config, run = self._config, self._run
-        sink = LocalBuffer(run.buffer, segment_bytes=config.buffer.segment_mib * build.MIB)
+        sink = build.make_local_buffer(run, config)
         actors: list[Actor] = []
         evaluator = Evaluator(config.task, config.sim, rows=config.evaluation.rows)
         try:
@@ -106,7 +106,7 @@ class Lockstep:
                 self._check()
                 actor.tick()
 
-    def _learn(self, actors: list[Actor], sink: LocalBuffer, evaluator: Evaluator) -> None:
+    def _learn(self, actors: list[Actor], sink: StepSink, evaluator: Evaluator) -> None:
         config = self._config
 
         def on_metrics(row: dict[str, Any]) -> None:

@@ -1,18 +1,16 @@
 """Demonstrations by a person, or a script in one's place, on a leased robot into a buffer."""
 
 import inspect
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
-from embodied.buffer.log import LogReader
-from embodied.buffer.records import decode_header
+from embodied.buffer.replay import ReplayReader
 from embodied.buffer.sink import StepSink
 from embodied.core.episodes import Step
-from embodied.core.errors import ConfigError, CorruptDataError, DeviceLostError, LeaseError
+from embodied.core.errors import ConfigError
 from embodied.core.protocols import Policy
 from embodied.core.specs import DeviceSpec
 from embodied.core.tasks import Task
@@ -28,8 +26,6 @@ from hal.teleop.asking import PersonStopped
 from hal.teleop.session import Session
 from sim import family
 from sim.family import SimConfig
-
-_PAUSE_S = 0.05
 
 
 class RecordConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -72,24 +68,9 @@ class RecordConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 def finished(path: Path, task: str) -> list[bool]:
     """Success of each finished episode of a task in a buffer folder; reads the whole log."""
-    successful: dict[tuple[str, int], bool] = {}
-    found: list[bool] = []
-    reader = LogReader(path)
-    try:
-        for record in reader.poll():
-            if record.schema == 0:
-                continue
-            try:
-                header, _ = decode_header(record.payload)
-            except CorruptDataError:
-                continue
-            key = header.stream, header.episode
-            successful[key] = successful.get(key, False) or header.flag("success")
-            if header.final and header.task == task:
-                found.append(successful.pop(key))
-    finally:
-        reader.close()
-    return found
+    with ReplayReader(path) as reader:
+        reader.refresh()
+        return [episode.success for episode in reader.finished() if episode.task == task]
 
 
 def make_task(config: RecordConfig, name: str, spec: DeviceSpec, operator: Operator | None) -> Task:
@@ -161,23 +142,8 @@ class RecordSession:
 
     def run(self, device: RemoteDevice) -> None:
         """Return when there are enough episodes or the person stops; device: as leased."""
-        held: RemoteDevice | None = device
-        while not self.complete:
-            try:
-                if held is not None:
-                    self._record(held)
-                    return
-                self._obey()
-            except (LeaseError, DeviceLostError) as error:
-                self._lose(str(error))
-            except PersonStopped as stopped:
-                if stopped.event == "stop":
-                    return
-                self._robot.halt()
-                self._lose(str(stopped))
-            self._show()
-            time.sleep(_PAUSE_S)
-            held = self._robot.poll()
+        if not self.complete:
+            self._robot.keep(device, self._record, waiting=self._wait, lost=self._forget)
 
     def _record(self, device: RemoteDevice) -> None:
         """Episode after episode on one lease."""
@@ -231,9 +197,11 @@ class RecordSession:
                 rollout.abandon(0)
                 self.rerecorded += 1
 
-    def _lose(self, why: str) -> None:
+    def _wait(self) -> None:
+        self._obey()
+        self._show()
+
+    def _forget(self) -> None:
         if self._rollout is not None:
             self.losses += 1
         self._rollout = None
-        self._robot.release()
-        self._robot.waiting_for = why

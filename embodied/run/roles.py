@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from embodied.buffer.client import BufferClient
 from embodied.buffer.service import BufferService
 from embodied.core.config import convert
 from embodied.core.errors import (
+    ConfigError,
     CorruptDataError,
     DeviceLostError,
     EmbodiedError,
@@ -24,6 +26,7 @@ from embodied.core.rundir import RunDir
 from embodied.run import build
 from embodied.run.config import TrainConfig
 from embodied.run.evaluate import Evaluator
+from embodied.run.loader import start_loader
 from embodied.run.telemetry import Pulse, address
 from embodied.weights.store import VersionGoneError, WeightManifest, WeightStore
 
@@ -75,11 +78,12 @@ class Context:
 
 def buffer_role(context: Context) -> None:
     """The one writer of the replay log."""
-    segment_bytes = context.config.buffer.segment_mib << 20
+    buffer = context.config.buffer
     service = BufferService(
         context.run.buffer,
         address(context.socket_dir, "buffer"),
-        segment_bytes=segment_bytes,
+        segment_bytes=buffer.segment_mib << 20,
+        retention=buffer.retention,
     )
     try:
         while True:
@@ -101,7 +105,8 @@ def actor_role(context: Context) -> None:
         results.append(result)
         run.metrics(context.role, result_row(result))
 
-    with BufferClient(address(context.socket_dir, "buffer"), context.role) as sink:
+    codecs = config.buffer.codecs
+    with BufferClient(address(context.socket_dir, "buffer"), context.role, codecs=codecs) as sink:
         actor = Actor(
             config,
             context.index,
@@ -172,13 +177,20 @@ def learner_role(context: Context) -> None:
 
     run, config = context.run, context.config
     torch.set_num_threads(config.learner.threads)
+    if config.learner.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"learner.device=cuda: torch {torch.__version__} cannot use a GPU here "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', '')}); install a torch "
+            "built for this host's CUDA driver, or use learner.device=cpu"
+        )
     rows: list[dict[str, Any]] = []
 
     def on_metrics(row: dict[str, Any]) -> None:
         rows.append(row)
         run.metrics("learner", row)
 
-    trainer = build.make_trainer(run, config, on_metrics)
+    loader = partial(start_loader, run) if config.buffer.loader else None
+    trainer = build.make_trainer(run, config, on_metrics, loader)
     wanted = build.demonstrations_wanted(config)
     while (found := trainer.demonstrations()) < wanted:
         context.check(state="waiting", demonstrations=found)
@@ -189,12 +201,15 @@ def learner_role(context: Context) -> None:
     except Stop:
         trainer.save()
         raise
+    finally:
+        trainer.close()
     trainer.save()
     trainer.publish(final=True)
 
 
 def _learn(context: Context, trainer: Any, rows: list[dict[str, Any]]) -> None:
     started_s, steps, cpu_s, waited_s = time.monotonic(), trainer.step, time.process_time(), 0.0
+    data_s = trainer.waited_s
     while not trainer.done:
         if not trainer.update():
             waited_s += _IDLE_S
@@ -214,8 +229,10 @@ def _learn(context: Context, trainer: Any, rows: list[dict[str, Any]]) -> None:
                     "steps_per_s": rate,
                     "cpu_share": (time.process_time() - cpu_s) / elapsed_s,
                     "waited_s": waited_s,
+                    "data_share": (trainer.waited_s - data_s) / elapsed_s,
                 },
             )
+            data_s = trainer.waited_s
             started_s, steps, cpu_s = time.monotonic(), trainer.step, time.process_time()
             waited_s = 0.0
             context.check(steps_per_s=rate)
@@ -339,7 +356,7 @@ ROLES: dict[str, Callable[[Context], None]] = {
 def main() -> int:
     """Entry of a role process: role name, run directory, socket directory, supervisor's pid."""
     role, path, socket_dir, supervisor_pid = sys.argv[1:5]
-    die_with_parent()
+    die_with_parent(int(supervisor_pid))
     context = Context(role, RunDir(Path(path)), socket_dir, int(supervisor_pid))
     try:
         ROLES[role.rstrip("0123456789")](context)

@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 import msgspec
 import numpy as np
 
-from embodied.core.errors import DeviceLostError, LeaseError
 from embodied.run.leased import LeasedRobot
 from hal.commander import Commander
 from hal.health import Hops, RateMeter
@@ -19,7 +18,6 @@ from hal.teleop.session import Session
 _AHEAD_TICKS = 4
 """An action is given for a few ticks, so that a late one is not a gap."""
 
-_PAUSE_S = 0.02
 _STALE_NS = 200_000_000
 
 
@@ -53,22 +51,7 @@ class Teleoperation:
 
     def run(self, device: RemoteDevice) -> None:
         """Return when the person stops; device: as leased."""
-        held: RemoteDevice | None = device
-        while True:
-            try:
-                if held is not None:
-                    self._drive(held)
-                self._obey()
-            except (LeaseError, DeviceLostError) as error:
-                self._lose(str(error))
-            except PersonStopped as stopped:
-                if stopped.event == "stop":
-                    return
-                self._robot.halt()
-                self._lose(str(stopped))
-            self._show()
-            time.sleep(_PAUSE_S)
-            held = self._robot.poll()
+        self._robot.keep(device, self._drive, waiting=self._wait, lost=self._forget)
 
     def line(self) -> str:
         """State, rates, latencies and rejections, in one line."""
@@ -92,10 +75,12 @@ class Teleoperation:
             if event in ("stop", "estop"):
                 raise PersonStopped(event)
 
-    def _lose(self, why: str) -> None:
+    def _wait(self) -> None:
+        self._obey()
+        self._show()
+
+    def _forget(self) -> None:
         self._device = None
-        self._robot.release()
-        self._robot.waiting_for = why
 
     def _drive(self, device: RemoteDevice) -> NoReturn:
         self._device = device

@@ -1,6 +1,7 @@
 """Who may command a device, and what is queued: leases, order, and actions by absolute tick."""
 
-from dataclasses import dataclass
+import itertools
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,8 +12,7 @@ from hal.safety.config import Envelope
 from hal.safety.limits import Limits, end_tick
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(NamedTuple):
     """The action queued for one tick, and the chunk's number."""
 
     action_D: np.ndarray
@@ -28,7 +28,7 @@ class Commands:
     def __init__(self, spec: DeviceSpec, limits: Limits) -> None:
         self._spec = spec
         self._limits = limits
-        self._queue: dict[int, Command] = {}
+        self._queue: dict[int, tuple[np.ndarray, int]] = {}
         self._order = (-1, -1)
         self._newest_token = 0
         self.token = 0
@@ -86,8 +86,8 @@ class Commands:
         if len(rows):
             self._started = True
             self.cut(checked.first_tick)
-        for k, action_D in enumerate(rows):
-            self._queue[checked.first_tick + k] = Command(action_D, chunk.seq)
+        ticks = range(checked.first_tick, checked.first_tick + len(rows))
+        self._queue.update(zip(ticks, zip(rows, itertools.repeat(chunk.seq)), strict=True))
         return Ticket(
             chunk.seq,
             checked.first_tick,
@@ -99,13 +99,14 @@ class Commands:
 
     def pop(self, tick: int) -> Command | None:
         """The command for a tick, taken out of the queue."""
-        return self._queue.pop(tick, None)
+        found = self._queue.pop(tick, None)
+        return None if found is None else Command(*found)
 
     def coming(self, tick: int, count: int) -> list[np.ndarray]:
         """Actions [D] queued from a tick on without a gap, at most `count`."""
         found: list[np.ndarray] = []
         while len(found) < count and (command := self._queue.get(tick + len(found))):
-            found.append(command.action_D)
+            found.append(command[0])
         return found
 
     def clear(self) -> None:

@@ -1,7 +1,6 @@
 """From the command of a tick to what the motors get: two kinds of devices, one interface."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -90,7 +89,7 @@ class DirectExecution:
         """Take the tick's command."""
         if command is not None:
             action_D = self._limits.slew(command.action_D, self._previous_D)
-            command = replace(command, action_D=action_D)
+            command = Command(action_D, command.seq)
             self._previous_D = action_D
         self._command = command
         return ""

@@ -10,6 +10,7 @@ Joints are few and come one tick at a time: plain lists are several times faster
 
 from collections import deque
 from collections.abc import Sequence
+from operator import add, sub
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,8 @@ class Motion:
         self._low: list[float] = envelope.low.tolist()
         self._high: list[float] = envelope.high.tolist()
         self._velocity: list[float] = envelope["velocity"].tolist()
+        self._backward = [-v for v in self._velocity]
+        self._target_most = [v * _TARGET_SPEED for v in self._velocity]
         for given in (self._follow_input, self._stop_input):
             given.max_acceleration = envelope["acceleration"].tolist()
             given.max_jerk = envelope["jerk"].tolist()
@@ -117,11 +120,11 @@ class Motion:
         origin = [g - v * self._tick_s for g, v in zip(target, speed, strict=True)]
         position, velocity, acceleration = self._state
         given = self._follow_input
-        given.current_position = [p - o for p, o in zip(position, origin, strict=True)]
-        given.current_velocity = [w - v for w, v in zip(velocity, speed, strict=True)]
+        given.current_position = list(map(sub, position, origin))
+        given.current_velocity = list(map(sub, velocity, speed))
         given.current_acceleration = acceleration
-        given.max_velocity = [m - v for m, v in zip(self._velocity, speed, strict=True)]
-        given.min_velocity = [-m - v for m, v in zip(self._velocity, speed, strict=True)]
+        given.max_velocity = list(map(sub, self._velocity, speed))
+        given.min_velocity = list(map(sub, self._backward, speed))
         if not self._solved(given, self._path):
             self.guarded = "no trajectory"
             return self._take_stop()
@@ -132,7 +135,7 @@ class Motion:
             plan.append(
                 (
                     [o + v * t_s + p for o, v, p in zip(origin, speed, relative[0], strict=True)],
-                    [v + w for v, w in zip(speed, relative[1], strict=True)],
+                    list(map(add, speed, relative[1])),
                     relative[2],
                 )
             )
@@ -156,8 +159,7 @@ class Motion:
         return np.array(self._state[0])
 
     def _inside(self, target_D: np.ndarray) -> list[float]:
-        limits = zip(target_D.tolist(), self._low, self._high, strict=True)
-        return [min(max(target, low), high) for target, low, high in limits]
+        return list(map(min, map(max, target_D.tolist(), self._low), self._high))
 
     def _take_stop(self) -> np.ndarray:
         self._past.clear()
@@ -168,28 +170,25 @@ class Motion:
     def _target_speed(self, target: list[float], coming: list[list[float]]) -> list[float]:
         """Slope of a line through the targets around this tick, kept below the limit."""
         points = [*self._past, target, *coming]
-        weights = _SLOPES[len(points)]
+        slope = self._zeros
+        for weight, point in zip(_SLOPES[len(points)], points, strict=True):
+            slope = [s + weight * x for s, x in zip(slope, point, strict=True)]
         speed: list[float] = []
-        for most, *values in zip(self._velocity, *points, strict=True):
-            slope = sum(w * x for w, x in zip(weights, values, strict=True)) / self._tick_s
-            most *= _TARGET_SPEED
-            speed.append(min(max(slope, -most), most))
+        for most, s in zip(self._target_most, slope, strict=True):
+            speed.append(min(max(s / self._tick_s, -most), most))
         return speed
 
     def _fault(self, plan: list[_State]) -> str:
         """Why the plan and a stop at its end are not allowed; proves that stop."""
         self._solve_stop(plan[-1], self._proof)
-        joints = zip(
-            self._state[0],
-            self._low,
-            self._high,
-            self._proof.position_extrema,
-            *(point for point, _, _ in plan),
-            strict=True,
-        )
-        for at, low, high, extrema, *points in joints:
-            lowest, highest = min(extrema.min, *points), max(extrema.max, *points)
-            if lowest < min(low, at) - _SLACK or highest > max(high, at) + _SLACK:
+        extrema = self._proof.position_extrema
+        lowest: list[float] = [e.min for e in extrema]
+        highest: list[float] = [e.max for e in extrema]
+        for point, _, _ in plan:
+            lowest, highest = list(map(min, lowest, point)), list(map(max, highest, point))
+        joints = zip(self._state[0], self._low, self._high, lowest, highest, strict=True)
+        for at, low, high, least, most in joints:
+            if least < min(low, at) - _SLACK or most > max(high, at) + _SLACK:
                 return "position limit"
         if self._workspace is None:
             return ""

@@ -13,7 +13,7 @@ from hal.cameras import Cameras
 class Senses:
     """Reads a driver; a few failed reads in a row are bridged by the last observation.
 
-    failed: reads that have failed in a row.
+    failed: reads that have failed in a row. error: what the last one of them said.
     """
 
     def __init__(
@@ -30,6 +30,7 @@ class Senses:
         self._last: Observation = {}
         self._last_ns = 0
         self.failed = 0
+        self.error = ""
 
     def begin(self) -> Observation:
         """The first reading; whatever it raises is passed on."""
@@ -49,8 +50,9 @@ class Senses:
         when that has happened too often."""
         try:
             self._sense()
-        except Exception:
+        except Exception as error:
             self.failed += 1
+            self.error = f"{type(error).__name__}: {error}"
             if self.failed >= self._lost_after:
                 raise
         else:
@@ -63,9 +65,12 @@ class Senses:
 
     def frame(self, tick: int, observation: Observation) -> Frame:
         """An open frame. Raises SpecError if it is not as declared."""
+        observation = observation.copy()
         times_ns = dict.fromkeys(observation, self._last_ns)
-        pictures, taken_ns = self._cameras.latest()
-        observation = {**observation, **pictures}
+        if self._cameras:
+            pictures, taken_ns = self._cameras.latest()
+            observation.update(pictures)
+            times_ns.update(taken_ns)
         self._spec.check(observation)
         signals = {} if self._signals is None else self._signals()
-        return Frame(tick, observation, {**times_ns, **taken_ns}, signals=signals)
+        return Frame(tick, observation, times_ns, signals=signals)

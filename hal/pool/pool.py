@@ -157,6 +157,17 @@ class Pool:
             tx.rows("DELETE FROM leases WHERE device = ?", id)
             return bool(tx.rows("DELETE FROM devices WHERE id = ? RETURNING id", id))
 
+    def withdraw(self, id: str) -> bool:
+        """Take out a device that this process registered, unless somebody holds it."""
+        with self._transaction() as tx:
+            gone = tx.rows(
+                "DELETE FROM devices WHERE id = ? AND owner_pid = ? "
+                "AND id NOT IN (SELECT device FROM leases) RETURNING id",
+                id,
+                os.getpid(),
+            )
+        return bool(gone)
+
     def devices(self) -> list[DeviceStatus]:
         """All devices, by id."""
         with self._transaction() as tx:

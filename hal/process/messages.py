@@ -25,7 +25,10 @@ class Describe(_Message, frozen=True, tag="describe"):
 
 
 class Description(_Message, frozen=True, tag="description"):
-    """What the device is. incarnation: differs after every restart of the servo process."""
+    """What the device is. incarnation: differs after every restart of the servo process.
+
+    pictures: address at which pictures can be asked for, "" if the device cannot draw itself.
+    """
 
     id: str
     kind: str
@@ -34,6 +37,7 @@ class Description(_Message, frozen=True, tag="description"):
     heartbeat_s: float | None
     incarnation: int
     resettable: bool
+    pictures: str
 
 
 class Submit(_Message, frozen=True, tag="submit"):
@@ -116,10 +120,10 @@ class Halt(_Message, frozen=True, tag="halt"):
 
 
 class Render(_Message, frozen=True, tag="render"):
-    """Asks for a picture, which comes as array "picture" if the device can draw itself."""
+    """Asks for a picture, which comes as array "picture"."""
 
-    width: Annotated[int, msgspec.Meta(ge=1, le=4096)]
-    height: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    width: _Int
+    height: _Int
 
 
 class Done(_Message, frozen=True, tag="done"):
@@ -127,10 +131,14 @@ class Done(_Message, frozen=True, tag="done"):
 
 
 class Supervise(_Message, frozen=True, tag="supervise"):
-    """The agent's heartbeat, and who holds the lease by the pool: token 0 for nobody."""
+    """The agent's heartbeat, and who holds the lease by the pool: token 0 for nobody.
+
+    incarnation: of the process that the lease is for; another one takes no lease from it.
+    """
 
     lease_token: _Int
     holder: _Text
+    incarnation: _Int
 
 
 class Status(_Message, frozen=True, tag="status"):
@@ -148,8 +156,10 @@ class Status(_Message, frozen=True, tag="status"):
     incarnation: int
 
 
-DATA_REQUESTS = Describe | Submit | GetFrames | Pulse | Reset | Tighten | Halt | Render
+DATA_REQUESTS = Describe | Submit | GetFrames | Pulse | Reset | Tighten | Halt
 DATA_REPLIES = Description | Submitted | Frames | Alive | AtTick | Done
+PICTURE_REQUESTS = Render
+PICTURE_REPLIES = Done
 CONTROL_REQUESTS = Supervise
 CONTROL_REPLIES = Status
 
@@ -222,6 +232,14 @@ class _Columns:
 _AT = _Columns()
 
 
+def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """What np.stack gives; for few and small ones that takes several times as long."""
+    stacked = np.empty((len(rows), *rows[0].shape), rows[0].dtype)
+    for k, row in enumerate(rows):
+        stacked[k] = row
+    return stacked
+
+
 def frames_message(
     frames: Sequence[Frame], spec: DeviceSpec
 ) -> tuple[Frames, dict[str, np.ndarray]]:
@@ -232,7 +250,7 @@ def frames_message(
     names = list(frames[0].signals)
     arrays: dict[str, np.ndarray] = {
         _AT.tick: np.array([f.tick for f in frames], np.int64),
-        _AT.action: np.stack([nothing if f.action is None else f.action for f in frames]),
+        _AT.action: _stacked([nothing if f.action is None else f.action for f in frames]),
         _AT.executed: np.array([f.action is not None for f in frames]),
         _AT.held: np.array([f.held for f in frames]),
         _AT.seq: np.array([f.seq for f in frames], np.int64),
@@ -241,7 +259,7 @@ def frames_message(
         rows = [[f.signals[name] for name in names] for f in frames]
         arrays[_AT.signals] = np.array(rows, np.float64)
     for key in frames[0].observation:
-        arrays[_AT.observation + key] = np.stack([f.observation[key] for f in frames])
+        arrays[_AT.observation + key] = _stacked([f.observation[key] for f in frames])
         arrays[_AT.times + key] = np.array([f.t_ns[key] for f in frames], np.int64)
     return Frames(len(frames), names), arrays
 
@@ -251,23 +269,25 @@ def frames_of(header: Frames, arrays: Mapping[str, np.ndarray], spec: DeviceSpec
     if header.count == 0:
         return []
     try:
-        frames: list[Frame] = []
-        for k in range(header.count):
-            observation = {key: arrays[_AT.observation + key][k] for key in spec.observation}
-            frames.append(
-                Frame(
-                    tick=int(arrays[_AT.tick][k]),
-                    observation=observation,
-                    t_ns={key: int(arrays[_AT.times + key][k]) for key in spec.observation},
-                    action=arrays[_AT.action][k] if arrays[_AT.executed][k] else None,
-                    held=bool(arrays[_AT.held][k]),
-                    signals={
-                        name: float(arrays[_AT.signals][k, i])
-                        for i, name in enumerate(header.signals)
-                    },
-                    seq=int(arrays[_AT.seq][k]),
-                )
+        ticks, executed, held, seqs = (
+            arrays[name].tolist() for name in (_AT.tick, _AT.executed, _AT.held, _AT.seq)
+        )
+        actions = arrays[_AT.action]
+        signals = arrays[_AT.signals].tolist() if header.signals else [()] * header.count
+        contents = {key: arrays[_AT.observation + key] for key in spec.observation}
+        times_ns = {key: arrays[_AT.times + key].tolist() for key in spec.observation}
+        frames = [
+            Frame(
+                tick=ticks[k],
+                observation={key: rows[k] for key, rows in contents.items()},
+                t_ns={key: rows[k] for key, rows in times_ns.items()},
+                action=actions[k] if executed[k] else None,
+                held=held[k],
+                signals=dict(zip(header.signals, signals[k], strict=True)),
+                seq=seqs[k],
             )
-    except (KeyError, IndexError) as error:
+            for k in range(header.count)
+        ]
+    except (KeyError, IndexError, ValueError) as error:
         raise CorruptDataError(f"frames lack {error}") from error
     return frames

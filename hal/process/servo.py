@@ -16,11 +16,14 @@ import msgspec
 import numpy as np
 
 from embodied.comms.channels import RequestServer
+from embodied.comms.direct import DirectServer
 from embodied.core.errors import EmbodiedError, LeaseError
 from embodied.core.processes import die_with_parent, run_urgently
-from embodied.core.protocols import SimulatedDriver
+from embodied.core.protocols import Renders, SimulatedDriver
 from hal.health import Health
+from hal.pictures import check_size
 from hal.process import messages as m
+from hal.process.orphan import remove_record, write_record
 from hal.robot import ServoConfig, make_device
 
 STEP, IDLE = b"s", b"i"
@@ -38,9 +41,7 @@ _SWITCH_S = 0.0005
 class Servo:
     """Serves one device: data for the lease holder, control for the agent."""
 
-    def __init__(
-        self, config: ServoConfig, link: socket.socket | None, stopping: threading.Event
-    ) -> None:
+    def __init__(self, config: ServoConfig, link: socket.socket, stopping: threading.Event) -> None:
         self._config = config
         self._link = link
         self._device = make_device(config)
@@ -49,7 +50,11 @@ class Servo:
         self._agent_ns = 0
         self._watchdog_ns = time.monotonic_ns()
         self._stopping = stopping
-        self._data = RequestServer(config.data_address, m.DATA_REQUESTS, self._answer)
+        self._data = DirectServer(config.data_address, m.DATA_REQUESTS, self._answer)
+        self._pictures: RequestServer | None = None
+        if isinstance(self._device.driver, Renders):
+            address = config.picture_address
+            self._pictures = RequestServer(address, m.PICTURE_REQUESTS, self._drawn)
         self._control = RequestServer(config.control_address, m.CONTROL_REQUESTS, self._supervised)
 
     def run(self) -> None:
@@ -58,6 +63,7 @@ class Servo:
             run_urgently()
         serving = threading.Thread(target=self._serve, name="data", daemon=True)
         serving.start()
+        threading.Thread(target=self._draw, name="pictures", daemon=True).start()
         opening = threading.Thread(target=self._open, name="open", daemon=True)
         opening.start()
         while not self._stopping.is_set():
@@ -84,18 +90,20 @@ class Servo:
         finally:
             self._stopping.set()
 
+    def _draw(self) -> None:
+        """Pictures have a thread of their own: a large one takes many servo steps."""
+        while self._pictures is not None and not self._stopping.is_set():
+            self._pictures.poll(0.1)
+
     def _beat(self, what: bytes = STEP) -> None:
-        if self._link is not None:
-            with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
-                self._link.send(what)
+        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+            self._link.send(what)
 
     def _check_agent(self) -> None:
         if time.monotonic_ns() - self._agent_ns > AGENT_SILENT_S * 1e9:
             self._device.revoke("the agent is silent")
 
     def _check_watchdog(self) -> None:
-        if self._link is None:
-            return
         now_ns = time.monotonic_ns()
         try:
             while True:
@@ -119,9 +127,10 @@ class Servo:
     ) -> tuple[m.Status, dict[str, np.ndarray]]:
         self._agent_ns = time.monotonic_ns()
         device = self._device
+        ours = header.incarnation == self._incarnation
         if header.lease_token == 0:
             device.revoke("its lease has ended")
-        elif header.lease_token > device.token and device.info.health is not Health.ABSENT:
+        elif ours and header.lease_token > device.token and self._opened():
             with contextlib.suppress(LeaseError):
                 device.grant(header.lease_token, header.holder)
         info = device.info
@@ -139,6 +148,9 @@ class Servo:
             incarnation=self._incarnation,
         )
         return status, {}
+
+    def _opened(self) -> bool:
+        return self._device.info.health is not Health.ABSENT
 
     def _answer(
         self, header: Any, arrays: Mapping[str, np.ndarray]
@@ -167,11 +179,22 @@ class Servo:
             case m.Halt():
                 device.halt(header.reason)
                 return m.Done(), {}
-            case m.Render():
-                picture = device.render(header.width, header.height)
-                return m.Done(), {} if picture is None else {"picture": picture}
             case _:
                 raise EmbodiedError(f"no answer to {type(header).__name__}")
+
+    def _drawn(
+        self, header: m.Render, arrays: Mapping[str, np.ndarray]
+    ) -> tuple[m.Done, dict[str, np.ndarray]]:
+        check_size(header.width, header.height)
+        try:
+            picture = self._device.render(header.width, header.height)
+        except EmbodiedError:
+            raise
+        except Exception as error:
+            raise EmbodiedError(
+                f"{self._config.id} cannot be drawn: {type(error).__name__}: {error}"
+            ) from error
+        return m.Done(), {} if picture is None else {"picture": picture}
 
     def _check_holder(self, token: int) -> None:
         """Raise LeaseError unless the token is 0 (an observer's) or the holder's."""
@@ -188,17 +211,18 @@ class Servo:
             heartbeat_s=config.robot.safety.heartbeat_s,
             incarnation=self._incarnation,
             resettable=isinstance(self._device.driver, SimulatedDriver),
+            pictures="" if self._pictures is None else self._pictures.address,
         )
 
 
 def main() -> int:
-    """Entry: file of the ServoConfig, and the file descriptor of the watchdog's link."""
-    die_with_parent()
+    """Entry: file of the ServoConfig, the watchdog's number, file descriptor of its link."""
+    watchdog = int(sys.argv[2])
+    die_with_parent(watchdog)
     config = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=ServoConfig)
-    link = None
-    if len(sys.argv) > 2:
-        link = socket.socket(fileno=int(sys.argv[2]))
-        link.setblocking(False)
+    link = socket.socket(fileno=int(sys.argv[3]))
+    link.setblocking(False)
+    write_record(Path(config.latches), config.id, watchdog)
     sys.setswitchinterval(_SWITCH_S)
     stopping = threading.Event()
 
@@ -210,9 +234,11 @@ def main() -> int:
     servo = Servo(config, link, stopping)
     gc.freeze()
     servo.run()
+    remove_record(Path(config.latches), config.id)
     return 0
 
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("LP_NUM_THREADS", "1")  # of Mesa's software renderer
     raise SystemExit(main())

@@ -3,7 +3,8 @@
 It is the deadman of systems that have none in hardware: if no servo step is heard of for stall_s,
 it kills the servo process, opens the bus itself, writes the measured position as the goal,
 latches the halt and starts the servo process anew. A servo process that died is replaced
-likewise, without the latch: the robot waits for a new lease.
+likewise, without the latch: the robot waits for a new lease. What a watchdog before it left
+unfinished, dying itself while the servo process was stopped, it finishes first.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import msgspec
 from embodied.core.errors import StorageFullError
 from embodied.core.processes import die_with_parent, run_normally, run_urgently
 from embodied.core.protocols import SimulatedDriver
+from hal.process.orphan import end_orphan, find_orphan
 from hal.process.servo import PRESSED, STEP
 from hal.robot import ServoConfig, make_driver
 from hal.safety.latch import HOST_STOP, latch_file, set_latch
@@ -45,6 +47,7 @@ class Watchdog:
 
     def run(self) -> None:
         """Start, watch, recover, start again; until asked to stop."""
+        self.inherit()
         failures = 0
         while not self.stopping:
             link, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -54,6 +57,7 @@ class Watchdog:
                     "-m",
                     "hal.process.servo",
                     str(self._file),
+                    str(os.getpid()),
                     str(other.fileno()),
                 ]
                 process = subprocess.Popen(command, pass_fds=[other.fileno()])
@@ -64,15 +68,27 @@ class Watchdog:
                     why = self._watch(process, link)
                 finally:
                     run_normally()
-                    self._end(process)
+                    forced = self._end(process)
             if self.stopping:
+                if forced:
+                    self._take_over(f"stalled: the servo process did not end in {_GENTLE_S:g} s")
                 return
-            self._say(why)
-            self._recover()
-            if why.startswith("stalled"):
-                self._latch(self._config.id, why)
+            self._take_over(why)
             failures = 0 if time.monotonic() - started_s > 60.0 else failures + 1
             time.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
+
+    def inherit(self) -> None:
+        """End a servo process whose watchdog died; if it had to be killed, hold and latch."""
+        orphan = find_orphan(Path(self._config.latches), self._config.id)
+        if orphan is not None and (why := end_orphan(orphan, _GENTLE_S)):
+            self._take_over(f"stalled: {why}")
+
+    def _take_over(self, why: str) -> None:
+        """The servo process is gone: hold the robot, and latch unless it died by itself."""
+        self._say(why)
+        self._recover()
+        if why.startswith("stalled"):
+            self._latch(self._config.id, why)
 
     def _watch(self, process: subprocess.Popen[bytes], link: socket.socket) -> str:
         """Return why the servo process is no good any more; "" when asked to stop.
@@ -128,14 +144,17 @@ class Watchdog:
                 timer.daemon = True
                 timer.start()
 
-    def _end(self, process: subprocess.Popen[bytes]) -> None:
+    def _end(self, process: subprocess.Popen[bytes]) -> bool:
+        """End the servo process, gently where we are asked to end; whether it had to be killed."""
         if process.poll() is None and self.stopping:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=_GENTLE_S)
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        if process.poll() is not None:
+            return False
+        process.kill()
+        process.wait()
+        return True
 
     def _recover(self) -> None:
         """Open the bus and make the measured position the goal; a dead bus must not block us."""
@@ -163,8 +182,8 @@ class Watchdog:
 
 
 def main() -> int:
-    """Entry: file of the ServoConfig."""
-    die_with_parent()
+    """Entry: file of the ServoConfig, and the agent's number."""
+    die_with_parent(int(sys.argv[2]))
     watchdog = Watchdog(Path(sys.argv[1]))
 
     def stop(signum: int, frame: object) -> None:

@@ -33,6 +33,9 @@ class Limits:
 
     def __init__(self, spec: DeviceSpec, safety: SafetyConfig, workspace: Workspace | None) -> None:
         self._spec = spec.action
+        self._dtype = np.dtype(spec.action.dtype)
+        self._envelope: Envelope | None = None
+        self._low = self._high = np.zeros(0, self._dtype)
         self._workspace = workspace
         self._max_step = None if spec.max_step is None else np.asarray(spec.max_step, np.float64)
         self._max_obs_age_ticks = round(safety.max_obs_age_s * spec.tick_hz)
@@ -63,9 +66,8 @@ class Limits:
             reason = f"valid only to tick {chunk.valid_until_tick}"
             rejections.append(Rejection(last, end, "expired", reason))
         rows = chunk.actions_HD[first - chunk.start_tick : max(first, last) - chunk.start_tick]
-        inside = np.minimum(np.maximum(rows, envelope.low), envelope.high)
-        inside = inside.astype(self._spec.dtype)
-        count = int((inside != rows).sum())
+        inside = self._clipped(rows, envelope)
+        count = int(np.count_nonzero(inside != rows))
         inside[np.abs(inside) < _TINY] = 0.0
         if self._workspace is not None:
             allowed_m = max((self._workspace.outside_m(place) for place in places), default=0.0)
@@ -76,6 +78,18 @@ class Limits:
                     break
         late = max(0, min(tick, end) - chunk.start_tick)
         return Checked(first, inside, count, late, tuple(rejections))
+
+    def _clipped(self, rows: np.ndarray, envelope: Envelope) -> np.ndarray:
+        """A copy within the bounds, in the action's dtype; in one kind of numbers if it has that
+        already, which gives the same and takes half the time."""
+        if rows.dtype != self._dtype:
+            inside = np.minimum(np.maximum(rows, envelope.low), envelope.high)
+            return inside.astype(self._dtype)
+        if envelope is not self._envelope:
+            self._envelope = envelope
+            self._low, self._high = (x.astype(self._dtype) for x in (envelope.low, envelope.high))
+        inside = np.maximum(rows, self._low)
+        return np.minimum(inside, self._high, out=inside)
 
     def start_fault(self, first_D: np.ndarray, *places_D: np.ndarray) -> str:
         """Why a first command is too far from where the robot is; "" if it is not."""
@@ -103,7 +117,7 @@ class Limits:
             return "shape", f"actions have shape {actions.shape}; [H, {size}] is accepted"
         if actions.dtype.kind != "f":
             return "dtype", f"actions have dtype {actions.dtype}; floating point is accepted"
-        if not np.isfinite(actions).all():
+        if np.count_nonzero(np.isfinite(actions)) < actions.size:
             return "nonfinite", "actions hold NaN or infinity"
         if chunk.valid_until_tick < tick:
             return "expired", f"stale: valid until tick {chunk.valid_until_tick}, now {tick}"

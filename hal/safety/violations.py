@@ -16,6 +16,8 @@ class Violations:
         self._last: list[float] | None = None
         self._in_a_row = 0
         self._margin = safety.position_margin
+        self._envelope: Envelope | None = None
+        self._limits: list[tuple[str, float, float, float]] = []
 
     def clear(self) -> None:
         """Begin to count anew."""
@@ -36,27 +38,26 @@ class Violations:
         return fault if self._in_a_row >= self._safety.violations else ""
 
     def _fault(self, measured_D: np.ndarray, commanded_D: np.ndarray, envelope: Envelope) -> str:
-        margin, factor = self._margin, self._safety.velocity_factor
-        most_error = self._safety.tracking_error
+        if envelope is not self._envelope:
+            self._take(envelope)
+        margin, most_error = self._margin, self._safety.tracking_error
         measured = measured_D.tolist()
         last = measured if self._last is None else self._last
         self._last = measured
-        joints = zip(
-            self._names,
-            measured,
-            last,
-            commanded_D.tolist(),
-            envelope.low.tolist(),
-            envelope.high.tolist(),
-            envelope["velocity"].tolist(),
-            strict=True,
-        )
-        for name, at, before, commanded, low, high, velocity in joints:
+        joints = zip(self._limits, measured, last, commanded_D.tolist(), strict=True)
+        for (name, low, high, fastest), at, before, commanded in joints:
             if not low - margin <= at <= high + margin:
                 return f"{name} measured at {at:.3f}, beyond its limits"
             speed = abs(at - before) / self._tick_s
-            if speed > factor * velocity:
+            if speed > fastest:
                 return f"{name} measured at {speed:.2f} per s, too fast"
             if most_error is not None and abs(at - commanded) > most_error:
                 return f"{name} is {abs(at - commanded):.3f} from where it was commanded"
         return ""
+
+    def _take(self, envelope: Envelope) -> None:
+        """Name, lowest, highest and greatest speed of every joint: plain numbers are faster."""
+        self._envelope = envelope
+        fastest_D = self._safety.velocity_factor * envelope["velocity"]
+        bounds = (envelope.low.tolist(), envelope.high.tolist(), fastest_D.tolist())
+        self._limits = list(zip(self._names, *bounds, strict=True))

@@ -175,9 +175,7 @@ def main() -> int:
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda number, frame: stopping.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent()
-    if os.getppid() != arguments.parent:
-        return 0
+    die_with_parent(arguments.parent)
     os.nice(_NICENESS)
     streams = {name: Stream() for name in CAMERAS}
     server = PictureServer(socket.socket(fileno=arguments.fd), streams)

@@ -1,5 +1,7 @@
 """The SO-101 in virtual time: the same spec as the real arm's, without bus and servos."""
 
+from collections.abc import Callable
+
 import msgspec
 import numpy as np
 
@@ -87,6 +89,10 @@ class SimulatedSO101:
     def render(self, width: int, height: int) -> np.ndarray:
         """Picture of the camera "front"."""
         return self.picture(_CAMERA, width, height)
+
+    def snapshot(self, width: int, height: int) -> Callable[[], np.ndarray]:
+        """The same as it is now, to be drawn later."""
+        return self._open_cameras().snapshot(self.arm.data, _CAMERA, width, height)
 
     def picture(self, camera: str, width: int, height: int) -> np.ndarray:
         """Picture [height, width, 3], uint8; raises ConfigError for an unknown camera."""

@@ -206,7 +206,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
     signal.signal(signal.SIGINT, lambda number, frame: stopped.append(number))
     if parent is not None:
-        die_with_parent()
+        die_with_parent(parent)
     cameras: subprocess.Popen[bytes] | None = None
     try:
         robot = Leader(arguments.seed) if arguments.leader else Follower(arguments.seed)

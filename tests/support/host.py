@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from hardware import punctual
 
 from hal.pool.pool import Pool
 from hal.pool.state import pool_path
@@ -54,7 +55,7 @@ class Host:
 
     def virtual_arm(self, **options) -> VirtualArm:
         self.arm = VirtualArm(self.folder, **options)
-        self.arm.__enter__()
+        punctual(self.arm.__enter__())
         self.arm.write_calibration(self.folder / "arm.json")
         return self.arm
 

@@ -1,5 +1,3 @@
-import sys
-
 import numpy as np
 import pytest
 
@@ -35,28 +33,3 @@ def make_step():
 @pytest.fixture
 def make_episode():
     return _make_episode
-
-
-@pytest.fixture
-def in_tmpfs():
-    """Argument vector that runs a Python script with a tmpfs of 1 MiB of its own mounted at
-    argv[1]; skips where the kernel does not allow that."""
-    import subprocess
-
-    probe = 'mount -t tmpfs -o size=1m tmpfs "$0"'
-    for unshare in (["unshare", "-m"], ["unshare", "-rm"]):
-        try:
-            done = subprocess.run(
-                [*unshare, "sh", "-c", probe, "/mnt"], capture_output=True, check=False
-            )
-        except FileNotFoundError:
-            break
-        if done.returncode == 0:
-            run = f'{probe} && exec "$@"'
-
-            def command(script, mount, *args, unshare=unshare, run=run):
-                python = [sys.executable, "-c", script, str(mount), *map(str, args)]
-                return [*unshare, "sh", "-c", run, str(mount), *python]
-
-            return command
-    pytest.skip("no private mount namespace here")

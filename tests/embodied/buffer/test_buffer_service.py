@@ -7,11 +7,16 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from tmpfs import script_in_tmpfs
 
 from embodied.buffer.messages import REPLIES, AppendRequest
-from embodied.buffer.records import encode_schema, encode_step, schema_of
-from embodied.buffer.replay import ReplayReader, StepOrderError
+from embodied.buffer.progress import StepOrderError
+from embodied.buffer.records import decode_header, encode_step
+from embodied.buffer.replay import ReplayReader
+from embodied.buffer.schema import Codecs, encode_schema
 from embodied.buffer.service import BufferClient, BufferService, LocalBuffer
+from embodied.buffer.storage import Storage
+from embodied.buffer.tail import LogReader
 from embodied.comms.channels import RequestClient
 from embodied.core.errors import (
     CorruptDataError,
@@ -54,11 +59,8 @@ def start(path, address):
 
 def keys_in_log(path):
     """Keys of all steps in the log, in its order, read without the index that drops duplicates."""
-    from embodied.buffer.log import LogReader
-    from embodied.buffer.records import decode_header
-
     reader = LogReader(path)
-    headers = [decode_header(r.payload)[0] for r in reader.poll() if r.schema]
+    headers = [decode_header(r.payload)[0] for r in reader.poll() if r.schema > 1]
     assert reader.damaged == []
     return [(h.stream, h.episode, h.index) for h in headers]
 
@@ -118,23 +120,20 @@ def test_service_killed_while_the_client_adds(tmp_path, make_episode):
     assert keys_in_log(log) == [step.key for step in steps]
     reader = ReplayReader(log)
     assert reader.refresh() == 60 * 49 and reader.num_closed == 60
-    assert reader.columns is not None
-    for row, step in enumerate(steps):
-        assert (reader.columns["action"][row] == step.action).all()
+    rows = np.concatenate([np.append(info.rows, info.final_row) for info in reader.finished()])
+    assert (reader.take("action", rows) == [step.action for step in steps]).all()
 
 
 def test_acknowledgement_comes_after_the_sync(tmp_path, make_episode, monkeypatch):
-    from embodied.buffer import log as log_module
-
     events = []
-    real_sync = log_module.os.fdatasync
+    real_sync = Storage.sync_data
 
-    def slow_sync(fd):
+    def slow_sync(self, fd):
         time.sleep(0.05)
-        real_sync(fd)
+        real_sync(self, fd)
         events.append("sync")
 
-    monkeypatch.setattr(log_module.os, "fdatasync", slow_sync)
+    monkeypatch.setattr(Storage, "sync_data", slow_sync)
     with serving(tmp_path / "log", f"ipc://{tmp_path}/s") as service:
         clients = [BufferClient(service.address, stream) for stream in "abcdefgh"]
         for client, stream in zip(clients, "abcdefgh", strict=True):
@@ -177,7 +176,7 @@ def test_wrong_steps_are_refused_at_once(tmp_path, make_step):
         with pytest.raises(StepOrderError, match="whose last step has index 0"):
             client.add(make_step("a", 0, 2))
         client.add(make_step("a", 0, 1, final=True))
-        with pytest.raises(StepOrderError, match="and closed it"):
+        with pytest.raises(StepOrderError, match="final observation at index 1 closed"):
             client.add(make_step("a", 0, 2))
         assert client.unacknowledged == 2
 
@@ -189,9 +188,9 @@ def test_what_the_service_refuses_is_raised_and_stays(tmp_path, make_step):
             first.add(make_step("a"))
             first.flush()
         with BufferClient(address, "b") as client:
-            client.add(make_step("b", action=np.zeros(9)))
+            client.add(make_step("a", index=1, action=np.zeros(9)))
             for _ in range(2):
-                with pytest.raises(SpecError, match="action of step at stream 'b'"):
+                with pytest.raises(SpecError, match="action of step at stream 'a', episode 0, in"):
                     client.flush()
         with BufferClient(address, "c", resend_s=0.1) as client:
             client.add(make_step("c", 0, 5))
@@ -201,7 +200,7 @@ def test_what_the_service_refuses_is_raised_and_stays(tmp_path, make_step):
 
 def test_malformed_requests_do_no_harm(tmp_path, make_step):
     step = make_step("a")
-    schema = schema_of(step)
+    schema = Codecs().schema_of(step)
     payload = np.frombuffer(bytes(encode_step(step, schema)), np.uint8)
     lengths = np.array([payload.size], np.uint32)
     request = AppendRequest(encode_schema(schema))
@@ -240,14 +239,14 @@ def test_a_second_service_does_not_take_the_address_over(tmp_path, make_episode)
         client.flush(5)
 
 
-def test_a_full_disk_is_named_and_passes(tmp_path, in_tmpfs, make_episode):
+def test_a_full_disk_is_named_and_passes(tmp_path, make_episode):
     script = """
 import os, sys
 from pathlib import Path
 from embodied.buffer.service import BufferService
 mount, address, freed = sys.argv[1:]
 with open(mount + "/ballast", "wb") as file:
-    file.write(bytes(960_000))
+    file.write(bytes(3_950_000))
 service = BufferService(Path(mount) / "log", address, 40_000)
 print("up", flush=True)
 def tick():
@@ -259,7 +258,8 @@ service.serve(tick, 0.02)
     (tmp_path / "mnt").mkdir()
     address, freed = f"ipc://{tmp_path}/s", tmp_path / "freed"
     child = subprocess.Popen(
-        in_tmpfs(script, tmp_path / "mnt", address, freed), stdout=subprocess.PIPE
+        script_in_tmpfs(script, tmp_path / "mnt", address, freed, size="4m"),
+        stdout=subprocess.PIPE,
     )
     try:
         assert child.stdout is not None and child.stdout.readline() == b"up\n"

@@ -6,10 +6,12 @@ import sys
 import time
 
 import pytest
+from tmpfs import script_in_tmpfs
 
-from embodied.buffer import log as log_module
-from embodied.buffer.log import LogReader, LogWriter
+from embodied.buffer.log import LogWriter
 from embodied.buffer.segments import FIRST_OFFSET, RECORD_HEADER, list_segments, segment_path
+from embodied.buffer.storage import Storage
+from embodied.buffer.tail import LogReader
 from embodied.core.errors import ConfigError, CorruptDataError, RunInUseError
 
 SMALL = 4096
@@ -38,14 +40,20 @@ def expected(count):
     return [(seq, payload_of(seq)) for seq in range(count)]
 
 
+def abandon(writer):
+    """Leave the writer and its files as SIGKILL would."""
+    os.close(writer._lock)
+    if writer._fd is not None:
+        os.close(writer._fd)
+    writer._lock = writer._fd = None
+
+
 def test_round_trip_over_segments_and_reopening(tmp_path):
     for total in (30, 60, 90):
         write(tmp_path, 30)
         assert read_all(tmp_path) == (expected(total), [])
     assert len(list_segments(tmp_path)) > 3
-    assert list(list_segments(tmp_path).values())[:-1] == [True] * (
-        len(list_segments(tmp_path)) - 1
-    )
+    assert all(list_segments(tmp_path).values())  # closing seals
 
 
 def test_parts_and_schema_are_kept(tmp_path):
@@ -120,14 +128,14 @@ def test_sigkill_at_random_points_loses_nothing_acknowledged(tmp_path):
 
 
 def test_every_cut_and_flip_of_the_tail_record(tmp_path):
-    with LogWriter(tmp_path, SMALL) as writer:
-        for payload in (b"first", b"second", b"third record"):
-            writer.append(payload)
-        end = writer._offset
-        start = end - len(b"third record") - RECORD_HEADER.size
-        start -= start % 8
+    writer = LogWriter(tmp_path, SMALL)
+    for payload in (b"first", b"second", b"third record"):
+        writer.append(payload)
+    start = writer.offset - len(b"third record") - RECORD_HEADER.size
+    start -= start % 8
     path = segment_path(tmp_path, 1, sealed=False)
     whole = path.read_bytes()
+    abandon(writer)
     last = start + RECORD_HEADER.size + len(b"third record")
     broken = []
     for at in range(start, last):
@@ -141,7 +149,8 @@ def test_every_cut_and_flip_of_the_tail_record(tmp_path):
             assert writer.append(b"new") == 2
         records, damaged = read_all(tmp_path)
         assert records == [(0, b"first"), (1, b"second"), (2, b"new")] and damaged == []
-        assert list_segments(tmp_path) == {1: False}
+        assert list_segments(tmp_path) == {1: True}
+        segment_path(tmp_path, 1, sealed=True).unlink()
 
 
 def test_damage_in_a_sealed_segment_costs_one_record(tmp_path):
@@ -166,7 +175,10 @@ def test_damage_in_a_sealed_segment_costs_one_record(tmp_path):
 
 def test_damage_in_the_open_segment_costs_one_record(tmp_path):
     """Bits that rot below acknowledged records must not take those along."""
-    write(tmp_path, 5, segment_bytes=1 << 16)
+    writer = LogWriter(tmp_path, 1 << 16)
+    for seq in range(5):
+        writer.append(payload_of(seq))
+    abandon(writer)
     path = segment_path(tmp_path, 1, sealed=False)
     data = bytearray(path.read_bytes())
     data[data.index(payload_of(2)) + 1] ^= 1
@@ -178,7 +190,10 @@ def test_damage_in_the_open_segment_costs_one_record(tmp_path):
 
 
 def test_a_damaged_tail_of_the_last_sealed_segment_does_not_stop_the_writer(tmp_path):
-    write(tmp_path, 40)
+    writer = LogWriter(tmp_path, SMALL)
+    for seq in range(40):
+        writer.append(payload_of(seq))
+    abandon(writer)
     numbers = list_segments(tmp_path)
     last = max(number for number, sealed in numbers.items() if sealed)
     path = segment_path(tmp_path, last, sealed=True)
@@ -192,22 +207,20 @@ class Crash(BaseException):
     pass
 
 
-class CrashingOs:
-    """Stands for the module os: the n-th call that changes the disk, and all later ones, raise."""
-
-    CHANGES = "open pwritev pwrite posix_fallocate ftruncate fsync fdatasync rename unlink"
+class CrashingStorage(Storage):
+    """The n-th operation that changes the disk, and all later ones, raise."""
 
     def __init__(self, countdown):
         self.countdown = countdown
 
-    def __getattr__(self, name):
-        real = getattr(os, name)
-        if name not in self.CHANGES.split():
+    def __getattribute__(self, name):
+        real = object.__getattribute__(self, name)
+        if name not in vars(Storage) or name in ("open", "close"):
             return real
 
         def call(*args, **kwargs):
             self.countdown -= 1
-            if self.countdown == 0 and name == "pwritev":  # a torn write
+            if self.countdown == 0 and name == "write":  # a torn write
                 fd, buffers, offset = args
                 os.pwrite(fd, b"".join(buffers)[:30], offset)
             if self.countdown <= 0:
@@ -217,28 +230,27 @@ class CrashingOs:
         return call
 
 
-def test_a_crash_before_any_call_to_the_disk_is_survived(tmp_path, monkeypatch):
+def test_a_crash_before_any_call_to_the_disk_is_survived(tmp_path):
     crash_after = 0
     finished = False
     while not finished:
         crash_after += 1
         path = tmp_path / str(crash_after)
-        monkeypatch.setattr(log_module, "os", CrashingOs(crash_after))
+        storage = CrashingStorage(crash_after)
         writer, durable = None, -1
         try:
             for _ in range(2):
-                writer = LogWriter(path, 256)
+                writer = LogWriter(path, 256, storage=storage)
                 for _ in range(6):
                     writer.append(payload_of(writer.next_seq, 60))
                     durable = writer.flush()
-                os.close(writer._lock)  # the process is gone: nothing is flushed or closed
+                abandon(writer)
                 writer = None
             finished = True
         except Crash:
             pass
-        monkeypatch.undo()
-        if writer is not None:
-            os.close(writer._lock)
+        if writer is not None and writer._lock is not None:
+            abandon(writer)
         with LogWriter(path, 256) as writer:
             assert writer.next_seq > durable
             count = writer.next_seq
@@ -287,10 +299,11 @@ def test_reader_follows_a_live_writer(tmp_path):
     assert records == expected(4000) and polls > 3 and reader.damaged == []
 
 
-def test_a_full_disk_keeps_what_is_there_and_recovers(tmp_path, in_tmpfs):
+def test_a_full_disk_keeps_what_is_there_and_recovers(tmp_path):
     script = """
 import os, sys
-from embodied.buffer.log import LogReader, LogWriter
+from embodied.buffer.log import LogWriter
+from embodied.buffer.tail import LogReader
 from embodied.core.errors import StorageFullError
 path = sys.argv[1] + "/log"
 with open(sys.argv[1] + "/ballast", "wb") as file:
@@ -322,35 +335,36 @@ check()
 print(full)
 """
     done = subprocess.run(
-        in_tmpfs(script, tmp_path), capture_output=True, text=True, check=False, timeout=60
+        script_in_tmpfs(script, tmp_path), capture_output=True, text=True, check=False, timeout=60
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 40
 
 
 def test_a_segment_of_another_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("embodied.buffer.segments.FORMAT", 2)
+    monkeypatch.setattr("embodied.buffer.segments.FORMAT", 1)
     write(tmp_path, 3)
     monkeypatch.undo()
     for read in (LogWriter, lambda path: list(LogReader(path).poll())):
-        with pytest.raises(CorruptDataError, match="log format 2; this release reads format 1"):
+        with pytest.raises(CorruptDataError, match="log format 1; this release reads format 2"):
             read(tmp_path)
 
 
-def test_after_a_failed_sync_nothing_is_acknowledged_any_more(tmp_path, monkeypatch):
-    class FailingOs(CrashingOs):
-        def __getattr__(self, name):
-            def fail(fd):
+def test_after_a_failed_sync_nothing_is_acknowledged_any_more(tmp_path):
+    class FailingStorage(Storage):
+        fails = False
+
+        def sync_data(self, fd):
+            if self.fails:
                 raise OSError(5, "I/O error")
 
-            return fail if name == "fdatasync" else getattr(os, name)
-
-    writer = LogWriter(tmp_path, SMALL)
+    storage = FailingStorage()
+    writer = LogWriter(tmp_path, SMALL, storage=storage)
     writer.append(b"x")
-    monkeypatch.setattr(log_module, "os", FailingOs(0))
+    storage.fails = True
     with pytest.raises(OSError, match="I/O error"):
         writer.flush()
-    monkeypatch.undo()
+    storage.fails = False
     for action in (writer.flush, lambda: writer.append(b"y")):
         with pytest.raises(OSError, match="restart the process"):
             action()

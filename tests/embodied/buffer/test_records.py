@@ -6,19 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embodied.buffer.records import (
-    Feature,
-    Schema,
-    decode_header,
-    decode_schema,
-    decode_step,
-    encode_schema,
-    encode_step,
-    schema_of,
-)
+from embodied.buffer.records import decode_header, decode_step, encode_step
+from embodied.buffer.schema import Codecs, Feature, Schema, decode_schema, encode_schema
 from embodied.comms.codec import DTYPES
 from embodied.core.episodes import Step
 from embodied.core.errors import CorruptDataError, SpecError
+
+schema_of = Codecs().schema_of
 
 
 def assert_equal_steps(a, b):
@@ -43,16 +37,17 @@ def assert_equal_steps(a, b):
         max_size=4,
     ).filter(lambda d: not d.keys() & {"action"}),
     flags=st.lists(st.booleans(), min_size=6, max_size=6),
-    reward=st.floats(allow_nan=False, allow_infinity=False),
+    reward=st.floats(allow_nan=False, allow_infinity=False, width=32),
     index=st.integers(0, 1 << 24).filter(lambda i: i < 1 << 24),
     version=st.integers(-1, 1 << 40),
+    t_ns=st.integers(-(1 << 63), (1 << 63) - 1),
 )
-def test_round_trip(arrays, flags, reward, index, version):
+def test_round_trip(arrays, flags, reward, index, version, t_ns):
     rng = np.random.default_rng(0)
     observation = {k: rng.integers(0, 2, shape).astype(t) for k, (t, shape) in arrays.items()}
     step = Step(
         "robot ü", 3, index, observation, np.array([1.5, -2], np.float32), reward,
-        *flags[:5], version, "push", 11, flags[5],
+        *flags[:5], version, "push", 11, flags[5], t_ns,
     )  # fmt: skip
     schema = schema_of(step)
     assert decode_schema(encode_schema(schema)) == schema
@@ -78,6 +73,7 @@ def test_images_stay_uint8_and_order_of_keys_does_not_matter(make_step):
         ({"observation": {"reward": np.zeros(2)}}, "reserved"),
         ({"observation": {"x": np.zeros(1 << 27, np.uint8)}}, "more than"),
         ({"reward": float("nan")}, "finite"),
+        ({"reward": 1e39}, "finite float32"),
         ({"stream": ""}, "cannot be stored"),
         ({"index": -1}, "cannot be stored"),
         ({"task": "x" * 2000}, "cannot be stored"),
@@ -94,12 +90,12 @@ def test_difference_of_schemas_is_named():
     shape = Schema((Feature("a", "float32", (4,)),), Feature("action", "float32", (2,)))
     keys = Schema((Feature("b", "float32", (3,)),), Feature("action", "float32", (2,)))
     action = Schema((Feature("a", "float32", (3,)),), Feature("action", "float64", (2,)))
-    with pytest.raises(SpecError, match=r"a of here is float32 \(4,\); the log has float32 \(3,\)"):
-        base.check_equal(shape, "here")
-    with pytest.raises(SpecError, match=r"here has observation keys \['b'\]; the log has \['a'\]"):
-        base.check_equal(keys, "here")
+    with pytest.raises(SpecError, match=r"a of here is float32 \[4\]; the log has float32 \[3\]"):
+        base.check_same_arrays(shape, "here", "the log")
+    with pytest.raises(SpecError, match="here lacks a; has also b: the log has observation keys a"):
+        base.check_same_arrays(keys, "here", "the log")
     with pytest.raises(SpecError, match="action of here is float64"):
-        base.check_equal(action, "here")
+        base.check_same_arrays(action, "here", "the log")
 
 
 def test_unknown_schemas_are_corrupt():

@@ -1,18 +1,41 @@
+import errno
 import itertools
 
 import numpy as np
 import pytest
 
-from embodied.buffer.replay import ReplayReader, ReplayWriter, StepOrderError, StreamCounts
-from embodied.buffer.segments import list_segments, segment_path
+from embodied.buffer.blocks import block_path
+from embodied.buffer.records import decode_step
+from embodied.buffer.replay import ReplayReader
+from embodied.buffer.segments import SegmentFile, list_segments, segment_path
+from embodied.buffer.storage import Storage
+from embodied.buffer.writer import ReplayWriter, StepOrderError, StreamCounts
 from embodied.core.errors import ConfigError, RunInUseError, SpecError, StorageFullError
 
 SMALL = 8192
+STATE, IMAGE = "observation.state", "observation.images.front"
 
 
 def interleaved(*episodes):
     turns = itertools.zip_longest(*episodes)
     return [step for turn in turns for step in turn if step is not None]
+
+
+def row_ids(reader):
+    """(stream, episode, index) → row id of everything that is there."""
+    found = {}
+    for info in reader.episodes:
+        rows = enumerate(info.rows.tolist())
+        found |= {(*info.key, index): row for index, row in rows if row >= 0}
+        if info.final_row >= 0:
+            found[*info.key, len(info.rows)] = info.final_row
+    return found
+
+
+def place(reader, row):
+    """(segment, offset) of a row's record."""
+    table = reader._tables[0]
+    return int(table.segment[row]), int(table.columns[".record"][row])
 
 
 def test_steps_come_back_as_columns(tmp_path, make_episode):
@@ -29,20 +52,23 @@ def test_steps_come_back_as_columns(tmp_path, make_episode):
     assert reader.refresh() == 13 and reader.num_steps == 13
     assert reader.refresh() == 0
     assert (reader.num_episodes, reader.num_closed) == (3, 2)
-    columns = reader.columns
-    assert columns is not None and columns.num_rows == 15
-    assert columns["observation.images.front"].dtype == np.uint8
-    assert not columns["action"].flags.writeable
-    for row, step in enumerate(steps):
+    assert (reader.feature(IMAGE).dtype, reader.feature(STATE).shape) == ("uint8", (3,))
+    ids = row_ids(reader)
+    assert ids.keys() == {step.key for step in steps} and len(set(ids.values())) == 15
+    names = (STATE, IMAGE, "action", "reward", "final", "intervention", "t_ns")
+    columns = reader.gather(names, np.array([ids[step.key] for step in steps]))
+    assert columns[IMAGE].dtype == np.uint8
+    for at, step in enumerate(steps):
         for key, value in step.observation.items():
-            assert (columns[key][row] == value).all()
-        assert (columns["action"][row] == step.action).all()
-        assert columns["reward"][row] == step.reward
-        assert columns["final"][row] == step.final
-        assert columns["intervention"][row] == step.intervention
+            assert (columns[key][at] == value).all()
+        assert (columns["action"][at] == step.action).all()
+        assert columns["reward"][at] == step.reward
+        assert columns["final"][at] == step.final
+        assert columns["intervention"][at] == step.intervention
     a0, b0, a1 = sorted(reader.episodes, key=lambda e: (e.episode, e.stream))
-    assert [steps[row].key for row in a0.rows] == [("a", 0, i) for i in range(4)]
-    assert steps[a0.final_row].final and steps[a0.final_row].key == ("a", 0, 4)
+    assert a0.rows.tolist() == [ids["a", 0, i] for i in range(4)]
+    assert a0.final_row == ids["a", 0, 4] and reader.take("final", np.array(a0.final_row))
+    assert not a0.rows.flags.writeable
     assert (a0.task, a0.seed, a0.closed, a0.policy_versions) == ("push", 7, True, (3, 3))
     assert (b0.closed, b0.final_row, len(b0.rows)) == (False, -1, 6)
     assert (a1.interventions, a0.interventions) == (3, 0)
@@ -68,9 +94,8 @@ def test_flags_and_versions_of_an_episode(tmp_path, make_step):
     (episode,) = reader.episodes
     assert episode.policy_versions == (2, 9)
     assert episode.success and episode.interventions == 1
-    assert reader.columns is not None
-    assert reader.columns["held"][episode.rows].tolist() == [True, False, False]
-    assert reader.columns["terminated"][episode.rows].tolist() == [False, False, True]
+    assert reader.take("held", episode.rows).tolist() == [True, False, False]
+    assert reader.take("terminated", episode.rows[:, None]).tolist() == [[False], [False], [True]]
 
 
 def test_duplicates_are_dropped_also_after_reopening(tmp_path, make_episode):
@@ -116,21 +141,28 @@ def test_a_step_of_another_schema_is_refused(tmp_path, make_step):
         with ReplayWriter(tmp_path, SMALL) as writer:
             writer.append(make_step())
             other = {"observation.state": np.zeros(3, np.float32)}
-            with pytest.raises(SpecError, match=r"has observation keys \['observation.state'\]"):
+            with pytest.raises(SpecError, match=r"lacks observation\.images\.front: stream 'r0'"):
                 writer.append(make_step(index=1, observation=other))
-            with pytest.raises(SpecError, match=r"action of step .* is float32 \(5,\)"):
+            with pytest.raises(SpecError, match=r"action of step .* is float32 \[5\]"):
                 writer.append(make_step(index=1, action=np.zeros(5, np.float32)))
 
 
 def test_reader_names_a_difference_of_schemas(tmp_path, make_step):
     with ReplayWriter(tmp_path, SMALL) as writer:
-        writer.append(make_step())
-        writer._schema = None  # as another release might
-        writer.append(make_step(stream="b", action=np.zeros(5, np.float32)))
+        writer.append(make_step("a"))
+        writer.append(make_step("b", action=np.zeros(5, np.float32)))
+        writer.append(make_step("c", observation={STATE: np.zeros(3, np.float32)}))
     reader = ReplayReader(tmp_path)
-    for _ in range(2):  # no step is skipped silently the second time
-        with pytest.raises(SpecError, match=r"action of segment 1 is float32 \(5,\)"):
-            reader.refresh()
+    assert reader.refresh() == 3
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"float32 \[2\] in streams? a.* \[5\] in stream b:"):
+            reader.feature("action")
+        with pytest.raises(ConfigError, match="is recorded by stream a, not by stream c"):
+            reader.feature(IMAGE)
+        with pytest.raises(SpecError, match=r"action of a recording in .* is float32 \[5\]"):
+            _ = reader.schema
+    states = reader.take(STATE, np.array([info.rows[0] for info in reader.episodes]))
+    assert states[:, 2].tolist() == [ord("a"), ord("b"), 0]
 
 
 def test_ram_budget_is_kept_and_stated(tmp_path, make_episode):
@@ -140,43 +172,40 @@ def test_ram_budget_is_kept_and_stated(tmp_path, make_episode):
                 writer.append(step)
     reader = ReplayReader(tmp_path)
     reader.refresh()
-    assert reader.columns is not None
-    needed = 3000 * reader.columns.row_bytes
-    assert needed <= reader.columns.nbytes < 3 * needed
-    tight = ReplayReader(tmp_path, ram_bytes=needed)
+    rows = np.concatenate([episode.rows for episode in reader.finished()])
+    (table,) = reader._tables
+    assert 3000 * table.row_bytes <= table.nbytes < 2 * 3000 * table.row_bytes
+    tight = ReplayReader(tmp_path, ram_bytes=table.nbytes)
     tight.refresh()
-    assert tight.columns is not None and tight.columns.nbytes <= needed
-    assert (tight.columns["action"] == reader.columns["action"]).all()
-    small = ReplayReader(tmp_path, ram_bytes=needed - 1)
+    assert tight._tables[0].nbytes <= table.nbytes
+    assert (tight.take("action", rows) == reader.take("action", rows)).all()
+    small = ReplayReader(tmp_path, ram_bytes=table.nbytes - 1)
     for _ in range(2):
-        with pytest.raises(ConfigError, match=f"ram_bytes={needed - 1}"):
+        with pytest.raises(ConfigError, match=f"ram_bytes={table.nbytes - 1}"):
             small.refresh()
 
 
 def test_places_point_at_the_records(tmp_path, make_episode):
-    from embodied.buffer.records import decode_step
-    from embodied.buffer.segments import SegmentFile
-
     steps = [step for e in range(30) for step in make_episode("a", e, 5)]
     with ReplayWriter(tmp_path, SMALL) as writer:
         for step in steps:
             writer.append(step)
     reader = ReplayReader(tmp_path)
     reader.refresh()
-    segments = list_segments(tmp_path)
-    assert len(segments) > 1 and reader.columns is not None and reader.schema is not None
-    for row in range(0, len(steps), 7):
-        number, offset = map(int, reader.columns.places[row])
+    segments, ids = list_segments(tmp_path), row_ids(reader)
+    assert len(segments) > 1 and reader.schema is not None
+    for step in steps[::7]:
+        number, offset = place(reader, ids[step.key])
         path = segment_path(tmp_path, number, sealed=segments[number])
         with SegmentFile(path, number) as file:
             record = file.record_at(offset)
             assert record is not None
-            assert decode_step(record.payload, reader.schema).key == steps[row].key
+            assert decode_step(record.payload, reader.schema).key == step.key
 
 
 def test_reader_follows_a_writer(tmp_path, make_episode):
     reader = ReplayReader(tmp_path / "later")
-    assert reader.refresh() == 0 and reader.columns is None
+    assert reader.refresh() == 0 and reader.schema is None
     with ReplayWriter(tmp_path / "later", SMALL) as writer:
         for episode in range(40):
             for step in make_episode("a", episode, 7):
@@ -195,6 +224,10 @@ def test_a_damaged_segment_costs_only_its_episodes(tmp_path, make_episode):
     for at in range(32, len(data)):
         data[at] = 0xFF  # nothing of it is left, its schema included
     path.write_bytes(data)
+    reader = ReplayReader(tmp_path)  # the side file has all that is small
+    reader.refresh()
+    assert reader.num_closed == 60 and not reader.damaged
+    block_path(tmp_path, 2).unlink()
     reader = ReplayReader(tmp_path)
     reader.refresh()
     closed = {info.episode for info in reader.closed_episodes()}
@@ -204,13 +237,12 @@ def test_a_damaged_segment_costs_only_its_episodes(tmp_path, make_episode):
     # What was lost can be sent again, and completes its episodes.
     with ReplayWriter(tmp_path, SMALL) as writer:
         again = [writer.append(step) for step in steps]
-        assert sum(seq is not None for seq in again) == len(steps) - reader.columns.num_rows  # type: ignore[union-attr]
+        assert sum(seq is not None for seq in again) == len(steps) - len(row_ids(reader))
     reader = ReplayReader(tmp_path)
     reader.refresh()
     assert reader.num_closed == 60
     for info in reader.closed_episodes():
-        assert reader.columns is not None
-        states = reader.columns["observation.state"][info.rows]
+        states = reader.take(STATE, info.rows)
         assert states[:, 1].tolist() == [0, 1, 2, 3, 4] and set(states[:, 0]) == {info.episode}
 
 
@@ -221,33 +253,35 @@ def test_one_flipped_byte_costs_one_episode(tmp_path, make_episode):
                 writer.append(step)
     reader = ReplayReader(tmp_path)
     reader.refresh()
-    assert reader.columns is not None
-    number, offset = map(int, reader.columns.places[reader.episodes[2].rows[3]])
-    path = segment_path(tmp_path, number, sealed=False)
+    number, offset = place(reader, reader.episodes[2].rows[3])
+    path = segment_path(tmp_path, number, sealed=True)
     data = bytearray(path.read_bytes())
     data[offset + 60] ^= 4
     path.write_bytes(data)
-    ReplayWriter(tmp_path).close()
+    block_path(tmp_path, number).unlink()
+    ReplayWriter(tmp_path).close()  # makes the side file again
+    assert block_path(tmp_path, number).exists()
     reader = ReplayReader(tmp_path)
     assert reader.refresh() == 24
     assert [info.episode for info in reader.closed_episodes()] == [0, 1, 3, 4]
     assert [row >= 0 for row in reader.episodes[2].rows] == [True, True, True, False, True]
 
 
-def test_a_full_disk_leaves_the_writer_usable(tmp_path, make_step, monkeypatch):
-    import errno
-    import os
+def test_a_full_disk_leaves_the_writer_usable(tmp_path, make_step):
+    class FullStorage(Storage):
+        full = False
 
-    with ReplayWriter(tmp_path, 1024) as writer:
+        def reserve(self, fd, nbytes):
+            if self.full:
+                raise OSError(errno.ENOSPC, "No space left on device")
 
-        def no_space(fd, offset, length):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        monkeypatch.setattr(os, "posix_fallocate", no_space)
+    storage = FullStorage()
+    with ReplayWriter(tmp_path, 1024, storage=storage) as writer:
+        storage.full = True
         with pytest.raises(StorageFullError, match="no space left"):
             for i in range(100):
                 writer.append(make_step(index=i))
-        monkeypatch.undo()
+        storage.full = False
         for i in range(100):
             writer.append(make_step(index=i))
     reader = ReplayReader(tmp_path)

@@ -58,7 +58,7 @@ def episodes(path):
 
 
 def held(reader, episode):
-    return int(reader.columns["held"][episode.rows].sum())
+    return int(reader.take("held", episode.rows).sum())
 
 
 def test_a_script_demonstrates_and_a_killed_recorder_loses_no_finished_episode(host, tmp_path):
@@ -84,9 +84,9 @@ def test_a_script_demonstrates_and_a_killed_recorder_loses_no_finished_episode(h
         assert (episode.stream, episode.task) == (f"{TASK}.sim", TASK) and episode.success
         assert episode.interventions == len(episode.rows), "held ticks are the person's as well"
         assert held(after, episode) < len(episode.rows) / 2
-        state = after.columns["observation.state"][episode.rows]
-        action = after.columns["action"][episode.rows]
-        driven = ~after.columns["held"][episode.rows]
+        state = after.take("observation.state", episode.rows)
+        action = after.take("action", episode.rows)
+        driven = ~after.take("held", episode.rows)
         assert np.abs(action - state)[driven].max() < 0.3, "actions are what was executed"
     assert host.robot.holder == "", "the lease is given back"
 
@@ -137,7 +137,7 @@ def test_a_person_records_anew_judges_and_stops(host, by_hand, tmp_path):
         (True, True),
         (True, False),
     ]
-    up, down = (reader.columns["observation.state"][e.rows][:, 0] for e in reader.closed_episodes())
+    up, down = (reader.take("observation.state", e.rows)[:, 0] for e in reader.closed_episodes())
     assert up[-1] > up[0] + 0.1 and down[-1] < down[0] - 0.1
     assert all(e.interventions > 5 for e in reader.episodes)
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tmpfs import in_tmpfs
 
 from embodied.buffer.replay import ReplayReader
 from embodied.core.rundir import RunDir
@@ -229,24 +230,9 @@ def test_a_run_in_use_is_refused(tmp_path):
         finish(first, 60)
 
 
-def _tmpfs(size):
-    """Wrapper that runs its arguments with a tmpfs of this size mounted on $1."""
-    script = f'mount -t tmpfs -o size={size} tmpfs "$0" && exec "$@"'
-    for unshare in (["unshare", "-m"], ["unshare", "-rm"]):
-        probe = subprocess.run(
-            [*unshare, "sh", "-c", 'mount -t tmpfs tmpfs "$0"', "/mnt"],
-            capture_output=True,
-            check=False,
-        )
-        if probe.returncode == 0:
-            return lambda mount: [*unshare, "sh", "-c", script, str(mount)]
-    pytest.skip("a tmpfs cannot be mounted here")
-
-
 @pytest.mark.slow
 def test_a_full_disk_ends_in_one_paragraph(tmp_path):
-    wrapper = _tmpfs("3m")
-    process = start(tmp_path / "run", "learner.steps=100000", wrapper=wrapper(tmp_path))
+    process = start(tmp_path / "run", "learner.steps=100000", wrapper=in_tmpfs(tmp_path, size="3m"))
     status, output = finish(process, 120)
     assert status == 2, output
     assert "Traceback" not in output

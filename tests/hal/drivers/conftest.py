@@ -1,6 +1,7 @@
 """A virtual arm on a pseudo-terminal, and a driver that is open on it."""
 
 import pytest
+from hardware import punctual
 
 from hal.drivers.feetech import FeetechBus
 from hal.drivers.so101 import SO101, SO101Config
@@ -10,7 +11,7 @@ from sim.so101.virtual import VirtualArm
 @pytest.fixture
 def arm(tmp_path):
     with VirtualArm(tmp_path, seed=3) as virtual:
-        virtual.write_calibration(tmp_path / "arm.json")
+        punctual(virtual).write_calibration(tmp_path / "arm.json")
         yield virtual
 
 

@@ -19,7 +19,7 @@ def test_nothing_there_is_nothing_found(only_named_ports, tmp_path):
     assert discovery.serial_robots() == []
     assert discovery._v4l2(tmp_path, tmp_path / "video4linux") == []
     assert all({"id", "kind"} <= row.keys() for row in discovery.cameras())
-    assert time.monotonic() - start_s < 0.5
+    assert time.monotonic() - start_s < 2.0
 
 
 def test_finds_an_arm_once_whatever_its_port_is_called(only_named_ports, arm, tmp_path):
@@ -62,7 +62,7 @@ def test_a_silent_port_is_no_robot_and_costs_little_time(only_named_ports, tmp_p
     only_named_ports(os.ttyname(slave), tmp_path / "file")
     start_s = time.monotonic()
     (row,) = discovery.serial_robots()
-    assert time.monotonic() - start_s < 0.5
+    assert time.monotonic() - start_s < 2.0
     assert "cannot be opened" in row["fault"]
     os.close(master)
     os.close(slave)

@@ -2,11 +2,11 @@ import time
 
 import numpy as np
 import pytest
+from opengl import needs_opengl
 
 from embodied.core.errors import ConfigError
 from embodied.core.protocols import Renders, SimulatedDriver
 from hal.drivers.so101_arm import HIGH_RAD, JOINTS, LOW_RAD, MODEL, SPEC
-from sim.rendering import choose_backend
 from sim.so101.arm import MAX_SPEED_RAD_S, QUANTUM_S, REST_RAD, Arm, load_model, mujoco
 from sim.so101.driver import SPREAD_RAD, START_RAD, SimulatedSO101
 from sim.so101.robots import Follower, Leader
@@ -39,13 +39,13 @@ def test_it_is_fast_enough():
     arm.advance(100)
     best = {"step": 1.0, "kinematics": 1.0}
     for _ in range(5):
-        started_s = time.perf_counter()
+        started_s = time.thread_time()
         mujoco.mj_step(arm.model, arm.data, 1000)
-        best["step"] = min(best["step"], (time.perf_counter() - started_s) / 1000)
-        started_s = time.perf_counter()
+        best["step"] = min(best["step"], (time.thread_time() - started_s) / 1000)
+        started_s = time.thread_time()
         for _ in range(200):
             mujoco.mj_kinematics(arm.model, arm.data)
-        best["kinematics"] = min(best["kinematics"], (time.perf_counter() - started_s) / 200)
+        best["kinematics"] = min(best["kinematics"], (time.thread_time() - started_s) / 200)
     assert best["step"] < 60e-6 and best["kinematics"] < 20e-6
 
 
@@ -212,7 +212,7 @@ def test_driver_keeps_the_protocol_and_its_time(driver):
     np.testing.assert_allclose(driver.arm.goal_rad, held, atol=1e-6)
 
 
-@pytest.mark.skipif(choose_backend() == "disable", reason="no OpenGL")
+@needs_opengl
 def test_driver_draws_the_arm(driver):
     picture = driver.render(160, 120)
     assert picture.shape == (120, 160, 3) and picture.dtype == np.uint8

@@ -3,9 +3,9 @@ import time
 
 import numpy as np
 import pytest
+from opengl import needs_opengl
 
 from hal.drivers.so101_arm import JOINTS
-from sim.rendering import choose_backend
 from sim.so101.camera import FPS, HEIGHT, WIDTH
 from sim.so101.servo import REGISTERS
 from sim.so101.virtual import VirtualArm
@@ -24,13 +24,11 @@ def test_lerobot_knows_the_same_registers():
     assert ours <= set(STS_SMS_SERIES_CONTROL_TABLE.values())
 
 
-@pytest.mark.parametrize("with_camera", [False, True])
+@pytest.mark.parametrize("with_camera", [False, pytest.param(True, marks=needs_opengl)])
 def test_the_unmodified_follower_moves_the_virtual_arm(tmp_path, with_camera, caplog):
     from lerobot.cameras.opencv import OpenCVCameraConfig
     from lerobot.robots.so_follower import SO101Follower, SO101FollowerConfig
 
-    if with_camera and choose_backend() == "disable":
-        pytest.skip("no OpenGL")
     caplog.set_level(logging.WARNING)
     with VirtualArm(tmp_path, seed=7, cameras=with_camera) as arm:
         arm.write_calibration(tmp_path / "calibration" / "virtual.json")
