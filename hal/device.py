@@ -311,7 +311,7 @@ class Device:
     def _servo_step(self) -> None:
         """Drive one set point in time; a tick's first plans its motion, its last turns the tick."""
         self._late_s = max(self._late_s, late_s := self._pace.wait())
-        self._monitor.count("overruns", late_s > 0, degrades=True)
+        self._monitor.count("overruns", int(late_s > 0), degrades=True)
         started_ns = time.monotonic_ns()
         with self._changed:
             last, breaks = self._pace.last, self._breaks

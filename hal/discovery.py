@@ -101,7 +101,10 @@ def gpus() -> list[Gpu]:
         return [Gpu("gpu", "", fault=result.stderr.strip() or result.stdout.strip())]
     found: list[Gpu] = []
     for line in result.stdout.splitlines():
-        index, name, used, total, load, celsius = (part.strip() for part in line.split(","))
+        parts = [part.strip() for part in line.split(",")]
+        if len(parts) != 6:
+            return [Gpu("gpu", "", fault=f"nvidia-smi says '{line[:80]}'")]
+        index, name, used, total, load, celsius = parts
         percent = _number(load)
         share = None if percent is None else percent / 100
         found.append(Gpu(f"gpu:{index}", f"{name}, {used}/{total} MiB", share, _number(celsius)))

@@ -1,1 +1,1 @@
-"""The buffer against the machine's limits and against other buffers: `python -m benchmarks.buffer`."""
+"""Measurements of the buffer: `python -m benchmarks.buffer`."""

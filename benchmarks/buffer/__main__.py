@@ -63,13 +63,27 @@ def main() -> None:
             kept.write_text(json.dumps(known, indent=1))
         print(f"{part}: {known[part]['seconds']} s, {before}; after: {load()}", flush=True)
     shutil.rmtree(options.root, ignore_errors=True)
-    print(f"\n{platform.processor() or platform.machine()}, Linux {platform.release()}, {load()}\n")
-    print(HEAD)
+    print(f"\n{_machine()}\n\n{HEAD}")
     for part in [part for part in PARTS if part in known and part in wanted]:
         rows = [dict(row) for row in known[part]["rows"]]
         for row in rows:
             del row["good"]
         print(markdown(part, [Row(**row) for row in rows]))
+    print()
+    for part in [part for part in PARTS if part in known and part in wanted]:
+        entry = known[part]
+        quick = ", quick" * entry["quick"]
+        print(
+            f"{part}: {entry['seconds']:.0f} s{quick}; before: {entry['before']}; "
+            f"after: {entry['after']}"
+        )
+
+
+def _machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "CPU")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return f"{os.cpu_count()} × {model}, {memory:.0f} GiB, Linux {platform.release()}; {load()}"
 
 
 if __name__ == "__main__":

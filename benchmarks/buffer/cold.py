@@ -16,15 +16,16 @@ threads, with and without O_DIRECT: the best median. Each contender has its own 
 the reader counts its thread's page faults.
 """
 
+import functools
+import itertools
 import shutil
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from benchmarks.buffer.contenders import write_ours
 from benchmarks.buffer.data import Source, record_bytes
-from benchmarks.buffer.disk import THREADS, RecordFile
+from benchmarks.buffer.disk import DEPTHS, RecordFile
 from benchmarks.buffer.measure import Options, Rates, Row, spread, take_turns
 from benchmarks.buffer.passes import MemmapPass, Pass
 
@@ -65,29 +66,24 @@ def _side(options: Options, side: int) -> list[Row]:
 def _measure(
     options: Options, passes: dict[str, Pass], memmap: MemmapPass, disk: RecordFile
 ) -> Rates:
-    turns: dict[str, Callable[[], float]] = {_WARM: passes[_WARM].run_warm}
-    for share in _SHARES:
-        turns[f"bounded {share}"] = passes[f"bounded {share}"].run_bounded
-        turns[f"robbed {share}"] = lambda share=share: passes["robbed"].run_robbed(share)
-        turns[f"memmap {share}"] = lambda share=share: memmap.run_robbed(share)
-    for name, turn in turns.items():
-        turns[name] = _in_own_thread(turn)
+    threads = {name: ThreadPoolExecutor(1) for name in (*passes, "memmap")}
+
+    def turn(thread: str, work: Callable[..., float], *arguments: float) -> Callable[[], float]:
+        return lambda: threads[thread].submit(work, *arguments).result()
+
     for name, each in passes.items():
-        _in_own_thread(each.run)()  # checksums are verified here
+        turn(name, each.run)()  # checksums are verified here
         each.real_shares.clear()
-        del name
-    for threads in THREADS:
-        for direct in (False, True):
-            name = f"disk: {threads} threads{', O_DIRECT' * direct}"
-            turns[name] = lambda threads=threads, direct=direct: disk.rate(
-                threads, options.seconds / 2, direct=direct
-            )
+    turns = {_WARM: turn(_WARM, passes[_WARM].run_warm)}
+    for share in _SHARES:
+        name = f"bounded {share}"
+        turns[name] = turn(name, passes[name].run_bounded)
+        turns[f"robbed {share}"] = turn("robbed", passes["robbed"].run_robbed, share)
+        turns[f"memmap {share}"] = turn("memmap", memmap.run_robbed, share)
+    for depth, direct in itertools.product(DEPTHS, (False, True)):
+        name = f"disk limit: pread, {depth} threads{', O_DIRECT' * direct}"
+        turns[name] = functools.partial(disk.rate, depth, options.seconds / 2, direct=direct)
     return take_turns(turns, options.rounds)
-
-
-def _in_own_thread(work: Callable[[], float]) -> Callable[[], float]:
-    pool = ThreadPoolExecutor(1)
-    return lambda: pool.submit(work).result()
 
 
 def _rows(side: int, rates: Rates, passes: dict[str, Pass]) -> list[Row]:
@@ -96,9 +92,10 @@ def _rows(side: int, rates: Rates, passes: dict[str, Pass]) -> list[Row]:
     best = max(disks, key=lambda name: statistics.median(disks[name]))
     warm, disk = rates[_WARM], rates[best]
     gigabytes = statistics.median(disk) * record_bytes(side) / 1e9
+    note = f"{gigabytes:.2f} GB/s; {spread(disk)}"
     rows = [
         Row(case, "ours, all cached", statistics.median(warm), "/s", note=spread(warm)),
-        Row(case, best, statistics.median(disk), "/s", note=f"{gigabytes:.2f} GB/s; {spread(disk)}"),
+        Row(case, best, gigabytes * 1e9 / record_bytes(side), "/s", note=note),
     ]
     for share in _SHARES:
         for kind, words in (

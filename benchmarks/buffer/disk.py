@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-THREADS = (1, 2, 4, 8, 16, 32, 64)
+DEPTHS = (1, 2, 4, 8, 16, 32, 64)
 _BLOCK = mmap.PAGESIZE
 
 

@@ -73,7 +73,9 @@ def markdown(part: str, rows: Iterable[Row]) -> str:
     return "\n".join(lines)
 
 
-HEAD = "| part | case | contender | value | ratio | target | remarks |\n|---|---|---|---|---|---|---|"
+HEAD = (
+    "| part | case | contender | value | ratio | target | remarks |\n|---|---|---|---|---|---|---|"
+)
 
 Rates = dict[str, list[float]]
 

@@ -7,7 +7,15 @@ import sys
 from pathlib import Path
 
 from benchmarks.buffer.contenders import write_ours
-from benchmarks.buffer.data import BATCH, CAMERAS, HORIZON, STATE, Source, record_bytes, segment_files
+from benchmarks.buffer.data import (
+    BATCH,
+    CAMERAS,
+    HORIZON,
+    STATE,
+    Source,
+    record_bytes,
+    segment_files,
+)
 from benchmarks.buffer.measure import Options, Row, resident_share
 
 _BUDGET = 64 << 20

@@ -215,5 +215,7 @@ def run(options: Options) -> list[Row]:
             note = ", ".join(f"{n} {text}" for n, text in percent.items() if n != "CLOCK")
             note += f"; optimum {100 * best / counted:.1f}"
             case = f"{name}; room for {100 * share:.0f} %; ratio to the best other"
-            rows.append(Row(case, "CLOCK", f"{percent['CLOCK']} %", "", hits["CLOCK"] / others, note=note))
+            rows.append(
+                Row(case, "CLOCK", f"{percent['CLOCK']} %", "", hits["CLOCK"] / others, note=note)
+            )
     return rows

@@ -59,7 +59,8 @@ def _rows(side: int, count: int, rates: dict[str, list[float]], missing: list[ty
     for name, values in rates.items():
         target = _TARGETS[side] if name == Ours.name else None
         middle, part = statistics.median(values), ratio(rates, name, limit)
-        rows.append(Row(case, name, middle, "/s", part, target, note=spread(values)))
+        note = "noise of the machine: " * (name == limit) + spread(values)
+        rows.append(Row(case, name, middle, "/s", part, target, note=note))
     for kind, times in _TIMES.items():
         if kind in missing:
             note = f"not installed: {kind.remark}"

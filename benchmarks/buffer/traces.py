@@ -111,9 +111,7 @@ def _mixed(steps: int, count: int) -> Iterator[np.ndarray]:
 TRACES: dict[str, Trace] = {
     "uniform, no new steps": _growing(lambda steps: Uniform(), fixed=True),
     "uniform, growing": _growing(lambda steps: Uniform()),
-    "recency, last quarter": _growing(
-        lambda steps: Recency(Recency.Config(last_steps=steps // 4))
-    ),
+    "recency, last quarter": _growing(lambda steps: Recency(Recency.Config(last_steps=steps // 4))),
     "recency, half-life a tenth": _growing(
         lambda steps: Recency(Recency.Config(half_life_steps=steps / 10))
     ),

@@ -1,4 +1,4 @@
-"""Part 3: durable writes, 64 records a commit; then 50 Hz with a commit a step, over the service."""
+"""Part 3: durable writes, 64 steps a commit; then 50 Hz with a commit a step over the service."""
 
 import multiprocessing
 import shutil
@@ -61,7 +61,9 @@ def _throughput(options: Options, side: int) -> list[Row]:
         target = _TARGETS.get(side) if name == _OURS else None
         note = f"{middle * record_bytes(side) / 1e9:.2f} GB/s; {spread(values)}"
         part = ratio(rates, name, _DISK)
-        rows.append(Row(f"{side} px, {count:,} records", name, middle, "/s", part, target, note=note))
+        rows.append(
+            Row(f"{side} px, {count:,} records", name, middle, "/s", part, target, note=note)
+        )
     return rows
 
 
@@ -93,8 +95,10 @@ def _control(options: Options) -> list[Row]:
         finally:
             shutil.rmtree(root, ignore_errors=True)
         case = f"50 Hz, a commit a step, {seconds} s, {what}"
-        for name, values in (("append and ack over the service", times_ms),
-                             ("pwrite and fdatasync alone", limit_ms)):
+        for name, values in (
+            ("append and ack over the service", times_ms),
+            ("pwrite and fdatasync alone", limit_ms),
+        ):
             p50, p99 = percentile(values, 0.5), percentile(values, 0.99)
             ours = values is times_ms
             note = f"p50 {p50:.2f}, max {max(values):.1f} ms"

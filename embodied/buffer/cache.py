@@ -89,7 +89,8 @@ class SegmentCache:
         self.stats = CacheStats()
 
     def open(self, number: int, *, sealed: bool) -> None:
-        """Map a segment, which may be deleted afterwards. Raises FileNotFoundError."""
+        """Map a segment (again), which may be deleted afterwards. Raises FileNotFoundError."""
+        self.close(number)
         self._allow_files()
         try:
             mapped = _Map(segment_path(self._directory, number, sealed=sealed), self._next_base)
@@ -116,8 +117,11 @@ class SegmentCache:
             mapped.view.release()
             mapped.map.close()
 
-    def __contains__(self, number: int) -> bool:
-        return number in self._maps
+    def covers(self, number: int) -> bool:
+        """Whether a segment is mapped up to its present end: one that a dead writer left open may
+        have been made larger by the next."""
+        mapped = self._maps.get(number)
+        return mapped is not None and mapped.map.size() <= mapped.size
 
     def view(self, number: int) -> memoryview:
         """The bytes of a mapped segment."""

@@ -7,6 +7,7 @@ consumers' cursors are its own, and a consumer without one begins from the start
 import contextlib
 import sqlite3
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -14,10 +15,11 @@ import numpy as np
 
 from embodied.buffer.blocks import Block
 from embodied.buffer.schema import FLAGS
-from embodied.core.errors import StorageFullError
+from embodied.core.errors import RunInUseError, StorageFullError
 
 NAME = "catalogue.sqlite"
 _FORMAT = 1
+_BUSY_S = 0.5
 _TABLES = """
 CREATE TABLE segments (number INTEGER PRIMARY KEY, bytes INTEGER, next_seq INTEGER,
     damaged INTEGER);
@@ -39,6 +41,26 @@ CREATE VIEW episodes AS SELECT stream, number, task, seed, sum(steps) AS steps,
 """
 
 
+_DEFINITIONS = "SELECT name, sql FROM sqlite_master ORDER BY name"
+_NOT_THE_FILE = (
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_CANTOPEN,
+)
+_NO_SPACE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
+
+
+@cache
+def _right_definitions() -> list[tuple[str, str | None]]:
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        db.executescript(_TABLES)
+        return db.execute(_DEFINITIONS).fetchall()
+
+
 class TaskCounts(NamedTuple):
     """What there is of one task, complete episodes and their steps."""
 
@@ -56,14 +78,14 @@ class Catalogue:
         with _full_disk_named(self._path):
             try:
                 self._db = self._open()
-            except sqlite3.OperationalError:  # locked, or no space: nothing wrong with the file
-                raise
-            except sqlite3.DatabaseError:
+            except (sqlite3.Error, UnicodeDecodeError) as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF in _NOT_THE_FILE:
+                    raise
                 self._discard()
                 self._db = self._open()
 
     def _open(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(self._path, _BUSY_S, isolation_level=None, check_same_thread=False)
         try:
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=NORMAL")
@@ -74,6 +96,8 @@ class Catalogue:
                 db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version={_FORMAT}; COMMIT;")
             elif db.execute("PRAGMA quick_check(1)").fetchone()[0] != "ok":
                 raise sqlite3.DatabaseError("damaged")
+            elif db.execute(_DEFINITIONS).fetchall() != _right_definitions():
+                raise sqlite3.DatabaseError("damaged tables")
         except BaseException:
             db.close()
             raise
@@ -166,7 +190,9 @@ def _full_disk_named(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE):
+        if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+            raise RunInUseError(f"{path} is locked by another program; close that") from error
+        if error.sqlite_errorcode not in _NO_SPACE:
             raise
         raise StorageFullError(f"no space left for {path}; free some, then resume") from error
 

@@ -6,10 +6,11 @@ import numpy as np
 
 from embodied.buffer import codecs
 from embodied.buffer.cache import SegmentCache
+from embodied.buffer.schema import Feature
 from embodied.buffer.segments import RECORD_HEADER, parse
 from embodied.buffer.table import REQUESTED, SLOT_MASK, TABLE_BITS, UNSEEN, VERIFIED, Table
 from embodied.comms.codec import DTYPES
-from embodied.core.errors import ConfigError, CorruptDataError
+from embodied.core.errors import ConfigError, CorruptDataError, SpecError
 
 
 class DamagedRowsError(CorruptDataError):
@@ -39,6 +40,22 @@ def by_table(
     for number in np.unique(numbers).tolist():
         where = np.flatnonzero(numbers == number)
         yield tables[number], where, ids[where] & SLOT_MASK
+
+
+def target_array(
+    name: str, feature: Feature, rows: np.ndarray, out: Mapping[str, np.ndarray] | None
+) -> np.ndarray:
+    """Where a column goes: an array of `out` if it has one, which must fit, else a new one."""
+    shape = (*rows.shape, *feature.shape)
+    array = None if out is None else out.get(name)
+    if array is None:
+        return np.empty(shape, DTYPES[feature.dtype])
+    if array.shape != shape or array.dtype != feature.dtype or not array.flags.c_contiguous:
+        raise SpecError(
+            f"out['{name}'] is {array.dtype} {array.shape}; {feature.dtype} {shape}, "
+            "C-contiguous, is right"
+        )
+    return array
 
 
 class RecordGather:

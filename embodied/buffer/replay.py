@@ -9,15 +9,14 @@ import numpy as np
 from embodied.buffer.blocks import Block, EpisodeKey, block_path
 from embodied.buffer.cache import CacheStats, SegmentCache
 from embodied.buffer.episodes import EpisodeInfo, OpenEpisode
-from embodied.buffer.gather import DamagedRowsError, RecordGather, by_table
+from embodied.buffer.gather import DamagedRowsError, RecordGather, by_table, target_array
 from embodied.buffer.records import Control
 from embodied.buffer.schema import FLAGS, Feature, Schema
 from embodied.buffer.segments import Record, list_segments, segment_path
 from embodied.buffer.table import SLOT_MASK, TABLE_BITS, UNSEEN, VERIFIED, Table
 from embodied.buffer.tail import LogReader
-from embodied.comms.codec import DTYPES
 from embodied.core.episodes import Step
-from embodied.core.errors import ConfigError, CorruptDataError, EmbodiedError, SpecError
+from embodied.core.errors import ConfigError, CorruptDataError, EmbodiedError
 
 __all__ = ["DamagedRowsError", "EpisodeInfo", "ReplayReader"]
 
@@ -29,21 +28,6 @@ _COLUMNS = {
     "t_ns": Feature("t_ns", "int64", ()),
     **{flag: Feature(flag, "bool", ()) for flag in FLAGS},
 }
-
-
-def _target(
-    name: str, feature: Feature, rows: np.ndarray, out: Mapping[str, np.ndarray] | None
-) -> np.ndarray:
-    shape = (*rows.shape, *feature.shape)
-    array = None if out is None else out.get(name)
-    if array is None:
-        return np.empty(shape, DTYPES[feature.dtype])
-    if array.shape != shape or array.dtype != feature.dtype or not array.flags.c_contiguous:
-        raise SpecError(
-            f"out['{name}'] is {array.dtype} {array.shape}; {feature.dtype} {shape}, "
-            "C-contiguous, is right"
-        )
-    return array
 
 
 class ReplayReader:
@@ -144,7 +128,7 @@ class ReplayReader:
             table = self._table(number, rows.schema)
             start = taken.get(number, 0)
             if len(rows) > start:
-                if table.large_names and block.segment not in self._cache:
+                if table.large_names and not self._cache.covers(block.segment):
                     self._cache.open(block.segment, sealed=state == UNSEEN)
                 self._ingest(block, table, rows.bytes[start:], state)
                 taken[number] = len(rows)
@@ -309,7 +293,7 @@ class ReplayReader:
         """
         parts = list(by_table(self._tables, rows.reshape(-1)))
         tables = [table for table, _, _ in parts] or self._tables
-        result = {n: _target(n, self._feature(n, tables), rows, out) for n in names}
+        result = {n: target_array(n, self._feature(n, tables), rows, out) for n in names}
         try:
             for table, where, slots in parts:
                 self._records.fill(table, slots, where, result)

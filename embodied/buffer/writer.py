@@ -27,9 +27,11 @@ from embodied.buffer.schema import Codecs, Schema, encode_schema, schema_id
 from embodied.buffer.segments import Record, list_segments, record_size, segment_path
 from embodied.buffer.storage import STORAGE, Storage
 from embodied.core.episodes import Step
-from embodied.core.errors import ConfigError, CorruptDataError, StorageFullError
+from embodied.core.errors import ConfigError, CorruptDataError, RunInUseError, StorageFullError
 
 __all__ = ["Counts", "ReplayWriter", "StepOrderError", "StreamCounts"]
+
+_PASSES = (StorageFullError, RunInUseError)  # a catalogue is put right when it is next opened
 
 
 class Counts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -149,7 +151,7 @@ class ReplayWriter:
         size = self._save(self._block)
         streams = frozenset(key.stream for key in self._block.episodes)
         self._uses[segment] = SegmentUse(segment, size, streams)
-        with contextlib.suppress(StorageFullError):
+        with contextlib.suppress(*_PASSES):
             self._catalogue.note(self._block, size)
 
     def append(self, step: Step) -> int | None:
@@ -252,7 +254,7 @@ class ReplayWriter:
             del self._uses[number]
             with contextlib.suppress(FileNotFoundError):
                 self._storage.unlink(block_path(self._path, number))
-            with contextlib.suppress(StorageFullError):  # put right when next opened
+            with contextlib.suppress(*_PASSES):
                 self._catalogue.remove(number)
 
     @property

@@ -30,10 +30,11 @@ def write_record(folder: Path, device_id: str, watchdog: int) -> None:
     try:
         _file(folder, device_id).write_bytes(msgspec.json.encode(record))
     except OSError as error:
-        sys.stderr.write(
-            f"servo process of {device_id}: its number cannot be noted ({error}): if its watchdog "
-            "dies while this process is stopped, a person must end it\n"
-        )
+        with contextlib.suppress(OSError):  # the log may be on the same full disk
+            sys.stderr.write(
+                f"servo process of {device_id}: its number cannot be noted ({error}): if its "
+                "watchdog dies while this process is stopped, a person must end it\n"
+            )
 
 
 def remove_record(folder: Path, device_id: str) -> None:

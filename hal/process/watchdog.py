@@ -43,6 +43,7 @@ class Watchdog:
         self._file = config_file
         self._config = msgspec.json.decode(config_file.read_bytes(), type=ServoConfig)
         self._driver = make_driver(self._config.robot)
+        self._unlatched: set[str] = set()
         self.stopping = False
 
     def run(self) -> None:
@@ -138,11 +139,17 @@ class Watchdog:
         try:
             set_latch(file, reason)
         except (OSError, StorageFullError) as error:
+            if self.stopping or device_id in self._unlatched:
+                return
+            self._unlatched.add(device_id)
+            timer = threading.Timer(1.0, self._latch_again, (device_id, reason))
+            timer.daemon = True
+            timer.start()
             self._say(f"cannot latch ({error}); trying again")
-            if not self.stopping:
-                timer = threading.Timer(1.0, self._latch, (device_id, reason))
-                timer.daemon = True
-                timer.start()
+
+    def _latch_again(self, device_id: str, reason: str) -> None:
+        self._unlatched.discard(device_id)
+        self._latch(device_id, reason)
 
     def _end(self, process: subprocess.Popen[bytes]) -> bool:
         """End the servo process, gently where we are asked to end; whether it had to be killed."""
@@ -177,8 +184,9 @@ class Watchdog:
             self._driver.close()
 
     def _say(self, text: str) -> None:
-        sys.stderr.write(f"watchdog of {self._config.id}: {text}\n")
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # the log's disk may be full; the robot comes first
+            sys.stderr.write(f"watchdog of {self._config.id}: {text}\n")
+            sys.stderr.flush()
 
 
 def main() -> int:

@@ -48,7 +48,7 @@ def run(path, count, report, seed=0):
 
 
 def test_images(ram_path, report):
-    run(ram_path, 200, report)
+    run(ram_path, 250, report)
 
 
 @pytest.mark.slow

@@ -207,7 +207,7 @@ def kill_at_random(path, count, report):
 
 
 def test_sigkill_at_random(ram_path, report):
-    kill_at_random(ram_path, 8, report)
+    kill_at_random(ram_path, 12, report)
 
 
 @pytest.mark.slow
