@@ -1,6 +1,7 @@
 """Passes over data of which a share is on the disk only: every row once, in random order."""
 
 import itertools
+import mmap
 import time
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from embodied.buffer.draws import Chosen, DrawStrategy
 from embodied.buffer.replay import ReplayReader
 from embodied.buffer.samplers import WindowSampler, WindowSpec
 from embodied.buffer.segments import FIRST_OFFSET, SegmentFile, end_of
+
+_POPULATE_READ = 22
 
 
 class Shuffled(DrawStrategy):
@@ -100,27 +103,53 @@ def record_stretches(path: Path) -> dict[Path, list[tuple[int, int]]]:
     return found
 
 
-class MemmapPass:
-    """The same over one np.memmap a field: what the kernel's own paging does."""
+class MemmapBatches:
+    """Random batches out of one np.memmap a field: what the kernel's own paging does.
+
+    A share of the rows stays in memory, because a second mapping holds it; after every batch all
+    else is dropped again, also what the kernel read around the rows that were asked for.
+    """
 
     def __init__(self, path: Path, source: Source, count: int) -> None:
         self._path = path
+        self._links = path.with_name(f"{path.name} held")
+        self._links.mkdir()
         maps = write_memmaps(path, source, count)
+        for name in maps:
+            (self._links / name).hardlink_to(path / name)
         self._maps = {name: np.asarray(array) for name, array in maps.items()}
         self._out = {n: np.empty((BATCH, *a.shape[1:]), a.dtype) for n, a in self._maps.items()}
         self._rng = np.random.default_rng(5)
         self._count = count
 
-    def run_robbed(self, share: float) -> float:
-        """Rows a second of a pass before which a share of the rows was dropped."""
+    def run(self, share: float, seconds: float) -> float:
+        """Rows a second if a share of them is on the disk only."""
+        held = self._hold(np.flatnonzero(self._rng.random(self._count) >= share).tolist())
+        done, taken_s = 0, 0.0
+        while taken_s < seconds:
+            unmap_pages(self._path)
+            drop_pages(self._path.iterdir())
+            rows = self._rng.integers(self._count, size=BATCH)
+            started_s = time.perf_counter()
+            for name, array in self._maps.items():
+                np.take(array, rows, axis=0, out=self._out[name], mode="clip")
+            taken_s += time.perf_counter() - started_s
+            done += BATCH
+        for mapped in held:
+            mapped.close()
+        return done / taken_s
+
+    def _hold(self, rows: list[int]) -> list[mmap.mmap]:
+        """Bring these rows into memory and map them, so that they are not dropped."""
         unmap_pages(self._path)
-        rows = np.flatnonzero(self._rng.random(self._count) >= share).tolist()
+        held: list[mmap.mmap] = []
         for name, array in self._maps.items():
             size = array[0].nbytes
             keep_only(self._path / name, [(row * size, size) for row in rows])
-        order = self._rng.permutation(self._count)[: self._count // BATCH * BATCH]
-        started_s = time.perf_counter()
-        for chosen in order.reshape(-1, BATCH):
-            for name, array in self._maps.items():
-                np.take(array, chosen, axis=0, out=self._out[name], mode="clip")
-        return len(order) / (time.perf_counter() - started_s)
+            with (self._links / name).open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+            for row in rows:
+                start = row * size // mmap.PAGESIZE * mmap.PAGESIZE
+                mapped.madvise(_POPULATE_READ, start, (row + 1) * size - start)
+            held.append(mapped)
+        return held

@@ -11,6 +11,7 @@ from embodied.buffer.records import Control, StepHeader
 from embodied.buffer.schema import FLAGS
 from embodied.core.errors import ConfigError
 
+_ABANDONED_SEGMENTS = 4
 _FINAL = 1 << FLAGS.index("final")
 
 
@@ -196,10 +197,13 @@ class Journal:
         }
         return Control(tuple(self.deleted), dict(self.retired))
 
-    def grows(self, segment: int) -> bool:
-        """Whether a stream's newest episode has steps in a segment and goes on."""
+    def grows(self, segment: int, newest: int) -> bool:
+        """Whether a stream's newest episode has steps in a segment and seems to go on: it has some
+        in one of the last few segments, too."""
         return any(
-            progress.final_index is None and _within(segment, progress.segments)
+            progress.final_index is None
+            and _within(segment, progress.segments)
+            and progress.segments[1] > newest - _ABANDONED_SEGMENTS
             for episodes in filter(None, self._episodes.values())
             for progress in (episodes[max(episodes)],)
         )

@@ -54,6 +54,7 @@ class BufferService:
             self._writer.close()
             raise
         self._durable_seq = self._writer.flush()
+        self._given: dict[str, int] = {}
 
     @property
     def address(self) -> str:
@@ -78,7 +79,7 @@ class BufferService:
         if isinstance(header, AppendRequest):
             return self._append(header, arrays), {}
         if isinstance(header, EpisodeRequest):
-            return EpisodeReply(self._writer.next_episode(header.stream)), {}
+            return EpisodeReply(self._next_episode(header.stream)), {}
         counts = self._writer.counts()
         return (
             StatsReply(
@@ -91,6 +92,12 @@ class BufferService:
             ),
             {},
         )
+
+    def _next_episode(self, stream: str) -> int:
+        """A number is given out once, so that two clients of one stream do not get the same."""
+        number = max(self._writer.next_episode(stream), self._given.get(stream, 0))
+        self._given[stream] = number + 1
+        return number
 
     def _append(self, header: AppendRequest, arrays: Mapping[str, np.ndarray]) -> AppendReply:
         payloads, lengths = arrays.get("payloads"), arrays.get("lengths")

@@ -245,7 +245,7 @@ class ReplayWriter:
 
     def _delete_expired(self, retention: Retention) -> None:
         for number in retention.expired(self._uses.values(), self._log.segment):
-            if self._journal.grows(number):
+            if self._journal.grows(number, self._log.segment):
                 return
             kept = [n for n in (*self._uses, self._log.segment) if n != number]
             self.append_control(self._journal.segment_removed(number, kept))

@@ -127,6 +127,6 @@ def test_a_servo_process_refuses_what_a_client_does_not_check(simulated):
     from hal.process import messages as m
 
     address = simulated._described.pictures
-    with RequestClient(address, m.PICTURE_REPLIES) as client:
-        with pytest.raises(ConfigError, match=TOO_LARGE):
-            client.request(m.Render(4096, 4096), {}, 5.0)
+    client = RequestClient(address, m.PICTURE_REPLIES)
+    with client, pytest.raises(ConfigError, match=TOO_LARGE):
+        client.request(m.Render(4096, 4096), {}, 5.0)

@@ -20,7 +20,7 @@ def test_a_snapshot_is_the_picture_of_its_moment(task):
     driver.reset(3)
     before = driver.render(120, 90)
     draw = driver.snapshot(120, 90)
-    low, high = driver.spec.action.bounds()
+    _, high = driver.spec.action.bounds()
     for _ in range(20):
         driver.drive(high.astype(np.float32))
         driver.step_time()

@@ -63,6 +63,16 @@ def test_an_episode_that_still_grows_is_not_deleted(tmp_path):
         assert reader.num_steps == 60
 
 
+def test_an_episode_that_was_left_open_does_not_hold_its_segment_for_ever(tmp_path):
+    with ReplayWriter(tmp_path, MIB // 4, retention=Retention(max_bytes=MIB)) as writer:
+        writer.append(picture_step(0, 0, LENGTH, "gone"))
+        for episode in range(20):
+            add(writer, episode)
+        assert disk_bytes(tmp_path) <= MIB + MIB // 4
+        assert writer.counts().streams["gone"].episodes == 0
+        assert writer.append(picture_step(0, 1, LENGTH, "gone")) is None
+
+
 def test_a_deleted_episode_is_gone_for_readers_and_for_good(tmp_path):
     reader = ReplayReader(tmp_path)
     with ReplayWriter(tmp_path) as writer:

@@ -67,8 +67,10 @@ def test_a_child_of_process_1_of_a_container_lives(tmp_path):
     lived = tmp_path / "lived"
     script = "[ $$ = 1 ] && " + '"$0" -c "$1" 1 0 "$2" & ' + "sleep 4; kill $!"
     subprocess.run(
-        ["unshare", "--pid", "--fork", "--kill-child", "sh", "-c", script]
-        + [sys.executable, CHILD.replace("time.sleep(60)", "time.sleep(20)"), str(lived)],
+        [
+            *("unshare", "--pid", "--fork", "--kill-child", "sh", "-c", script),
+            *(sys.executable, CHILD.replace("time.sleep(60)", "time.sleep(20)"), str(lived)),
+        ],
         check=False,
         cwd=Path(__file__).parents[3],
         timeout=20,

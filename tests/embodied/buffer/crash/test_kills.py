@@ -91,6 +91,7 @@ def test_a_crash_at_each_operation(ram_path, report):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_crash_at_each_operation(ram_path, report):
     counts, n = Counter(), 1
     while crash_at(ram_path / "log", n, False, False, counts):
@@ -140,6 +141,7 @@ def test_sigkill_at_some_operations(ram_path, report):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_sigkill_at_each_operation(ram_path, report):
     story, _ = tell_until(ram_path / "whole", 1 << 30, False)
     kill_at(ram_path, range(1, story.storage.position + 1), report)
@@ -211,5 +213,6 @@ def test_sigkill_at_random(ram_path, report):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_sigkill_two_hundred_times(ram_path, report):
     kill_at_random(ram_path, 200, report)
