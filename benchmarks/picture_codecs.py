@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from embodied.buffer import codecs
-from embodied.buffer.contents import Contents
+from embodied.buffer.steps import codecs
+from embodied.buffer.upkeep.contents import Contents
 
 CODECS = ("raw", "zstd", "webp", "webp:90", "jpeg:95", "jpeg:90", "jpeg:80")
 PICTURES = 64

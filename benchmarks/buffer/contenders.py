@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.buffer.data import BATCH, CAMERAS, HORIZON, STATE, Source, fields, record_bytes
-from embodied.buffer.replay import ReplayReader
-from embodied.buffer.samplers import WindowSampler, WindowSpec
-from embodied.buffer.writer import ReplayWriter
+from embodied.buffer.read.replay import ReplayReader
+from embodied.buffer.sample.samplers import WindowSampler, WindowSpec
+from embodied.buffer.write.writer import ReplayWriter
 
 _CHUNK = 64
 

@@ -59,8 +59,8 @@ def _sample(path: Path, batches: int) -> None:
     """Sample uniformly; print resident memory before the reader was made and the peak since."""
     import numpy as np
 
-    from embodied.buffer.replay import ReplayReader
-    from embodied.buffer.samplers import WindowSampler, WindowSpec
+    from embodied.buffer.read.replay import ReplayReader
+    from embodied.buffer.sample.samplers import WindowSampler, WindowSpec
 
     spec = WindowSpec(1, HORIZON, (*CAMERAS, STATE))
     rng = np.random.default_rng(7)

@@ -35,7 +35,7 @@ def run(options: Options) -> list[Row]:
 
 def _fill(path: Path, side: int, steps: int, *, die: bool) -> None:
     """Write so many steps; die by SIGKILL then, or close."""
-    from embodied.buffer.writer import ReplayWriter
+    from embodied.buffer.write.writer import ReplayWriter
 
     with ReplayWriter(path) as writer:
         for number, step in enumerate(Source(side).steps(steps), 1):
@@ -125,8 +125,8 @@ def _used_bytes(path: Path) -> int:
 
 
 def _child(kind: str, path: Path) -> None:
-    from embodied.buffer.replay import ReplayReader
-    from embodied.buffer.writer import ReplayWriter
+    from embodied.buffer.read.replay import ReplayReader
+    from embodied.buffer.write.writer import ReplayWriter
 
     started_s = time.perf_counter()
     if kind == "reader":

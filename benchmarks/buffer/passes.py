@@ -10,10 +10,10 @@ import numpy as np
 from benchmarks.buffer.contenders import write_memmaps
 from benchmarks.buffer.data import BATCH, CAMERAS, HORIZON, STATE, Source, segment_files
 from benchmarks.buffer.measure import disk_read_bytes, drop_pages, keep_only, unmap_pages
-from embodied.buffer.draws import Chosen, DrawStrategy
-from embodied.buffer.replay import ReplayReader
-from embodied.buffer.samplers import WindowSampler, WindowSpec
-from embodied.buffer.segments import FIRST_OFFSET, SegmentFile, end_of
+from embodied.buffer.log.segments import FIRST_OFFSET, SegmentFile, end_of
+from embodied.buffer.read.replay import ReplayReader
+from embodied.buffer.sample.draws import Chosen, DrawStrategy
+from embodied.buffer.sample.samplers import WindowSampler, WindowSpec
 
 _POPULATE_READ = 22
 

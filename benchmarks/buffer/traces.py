@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from embodied.buffer.draws import DrawStrategy, Recency, Uniform
-from embodied.buffer.episodes import EpisodeInfo
-from embodied.buffer.priorities import Prioritised
-from embodied.buffer.samplers import Draw, WindowSampler, WindowSpec
-from embodied.buffer.schema import Feature
-from embodied.buffer.sources import MixtureDraw, MixtureSampler
+from embodied.buffer.read.episodes import EpisodeInfo
+from embodied.buffer.sample.draws import DrawStrategy, Recency, Uniform
+from embodied.buffer.sample.priorities import Prioritised
+from embodied.buffer.sample.samplers import Draw, WindowSampler, WindowSpec
+from embodied.buffer.sample.sources import MixtureDraw, MixtureSampler
+from embodied.buffer.steps.schema import Feature
 
 BATCH = 256
 _LENGTH = 200

@@ -19,9 +19,9 @@ from benchmarks.buffer.measure import (
     spread,
     take_turns,
 )
-from embodied.buffer.client import BufferClient
-from embodied.buffer.service import BufferService
-from embodied.buffer.sink import LocalBuffer
+from embodied.buffer.serve.client import BufferClient
+from embodied.buffer.serve.service import BufferService
+from embodied.buffer.serve.sink import LocalBuffer
 from embodied.core.episodes import Step
 
 _RECORDS = {84: 6400, 224: 1600}

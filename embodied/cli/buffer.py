@@ -92,7 +92,7 @@ def _progress(console: Console, text: str, total: int | None) -> Iterator[Any]:
 
 
 def _info(options: Info, console: Console, as_json: bool) -> int:
-    from embodied.buffer.summary import summarise
+    from embodied.buffer.upkeep.summary import summarise
     from embodied.cli.buffer_tables import show_summary
 
     summary = summarise(Path(options.path))
@@ -104,8 +104,8 @@ def _info(options: Info, console: Console, as_json: bool) -> int:
 
 
 def _verify(options: Verify, console: Console, as_json: bool) -> int:
-    from embodied.buffer.contents import Contents
-    from embodied.buffer.maintenance import verify
+    from embodied.buffer.upkeep.contents import Contents
+    from embodied.buffer.upkeep.maintenance import verify
 
     path = Path(options.path)
     with _progress(Console(stderr=True), "reading", Contents(path).nbytes or None) as advance:
@@ -125,14 +125,14 @@ def _verify(options: Verify, console: Console, as_json: bool) -> int:
 
 def _steps(paths: Sequence[Path]) -> int:
     """Records to be copied, for a bar."""
-    from embodied.buffer.contents import Contents
+    from embodied.buffer.upkeep.contents import Contents
 
     contents = (Contents(path) for path in paths if path.is_dir())
     return sum(len(episode.index) for found in contents for episode in found.episodes.values())
 
 
 def _merge(options: Merge, console: Console, _: bool) -> int:
-    from embodied.buffer.maintenance import merge
+    from embodied.buffer.upkeep.maintenance import merge
 
     sources = [Path(source) for source in _many(options.sources)]
     with _progress(console, "copying", _steps(sources)) as advance:
@@ -147,7 +147,7 @@ def _merge(options: Merge, console: Console, _: bool) -> int:
 
 
 def _split(options: Split, console: Console, _: bool) -> int:
-    from embodied.buffer.maintenance import split
+    from embodied.buffer.upkeep.maintenance import split
 
     with _progress(console, "copying", _steps([Path(options.path)])) as advance:
         chosen, rest = split(
@@ -164,8 +164,8 @@ def _split(options: Split, console: Console, _: bool) -> int:
 
 
 def _compact(options: Compact, console: Console, _: bool) -> int:
-    from embodied.buffer.contents import Contents
-    from embodied.buffer.maintenance import compact
+    from embodied.buffer.upkeep.contents import Contents
+    from embodied.buffer.upkeep.maintenance import compact
 
     path = Path(options.path)
     before = Contents(path).nbytes
@@ -189,9 +189,9 @@ def _report(console: Console, copied: Any, target: str) -> int:
 
 
 def _export(options: Export, console: Console, _: bool) -> int:
-    from embodied.buffer.contents import Contents
     from embodied.buffer.interchange.lerobot_export import export
     from embodied.buffer.interchange.recording import closed_episodes
+    from embodied.buffer.upkeep.contents import Contents
 
     contents = Contents(Path(options.path))
     chosen = closed_episodes(
@@ -213,7 +213,7 @@ def _export(options: Export, console: Console, _: bool) -> int:
 
 
 def _import(options: Import, rest: dict[str, Any], console: Console) -> int:
-    from embodied.buffer.sink import LocalBuffer
+    from embodied.buffer.serve.sink import LocalBuffer
     from embodied.core import config
     from embodied.run.record import import_dataset
 
@@ -247,7 +247,7 @@ def _counted(episodes: Iterator[Any], advance: Any) -> Iterator[Any]:
 
 
 def _selection(options: Split | Export) -> Any:
-    from embodied.buffer.maintenance import Selection
+    from embodied.buffer.upkeep.maintenance import Selection
 
     numbers = options.episodes
     return Selection(

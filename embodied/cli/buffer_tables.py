@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from embodied.buffer.summary import Summary, Totals
+from embodied.buffer.upkeep.summary import Summary, Totals
 
 _SHOWN = 40
 

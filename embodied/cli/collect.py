@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Record episodes of the task's expert, or import a data set, into a buffer folder."""
-    from embodied.buffer.sink import LocalBuffer
+    from embodied.buffer.serve.sink import LocalBuffer
     from embodied.core import config as core_config
     from embodied.core.errors import ConfigError
     from embodied.run import build

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Record episodes on a leased device until there are enough or the person stops."""
-    from embodied.buffer.sink import LocalBuffer
+    from embodied.buffer.serve.sink import LocalBuffer
     from embodied.core import config as core_config
     from embodied.run.leased import LeasedRobot
     from embodied.run.record_session import RecordConfig, RecordSession

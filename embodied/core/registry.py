@@ -71,7 +71,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "datasets": {
         "pusht_human": "sim.pusht_demos:PushTDemonstrations",
-        "recorded": "embodied.buffer.recorded:RecordedEpisodes",
+        "recorded": "embodied.buffer.interchange.recorded:RecordedEpisodes",
         "lerobot": "embodied.buffer.interchange.lerobot_import:LeRobotEpisodes",
         "robomimic": "embodied.buffer.interchange.robomimic:RobomimicEpisodes",
     },

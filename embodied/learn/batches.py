@@ -5,9 +5,9 @@ from typing import Protocol
 
 import numpy as np
 
-from embodied.buffer.loader import LoaderClient
-from embodied.buffer.replay import ReplayReader
-from embodied.buffer.samplers import WindowSampler
+from embodied.buffer.load.loader import LoaderClient
+from embodied.buffer.read.replay import ReplayReader
+from embodied.buffer.sample.samplers import WindowSampler
 
 _WAIT_S = 0.05
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from embodied.buffer.replay import EpisodeInfo
-from embodied.buffer.samplers import StepFlags
+from embodied.buffer.read.replay import EpisodeInfo
+from embodied.buffer.sample.samplers import StepFlags
 
 
 @dataclass(frozen=True, slots=True)

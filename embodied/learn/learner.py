@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import torch
 
-from embodied.buffer.statistics import FeatureStats
+from embodied.buffer.sample.statistics import FeatureStats
 from embodied.core.errors import CorruptDataError, EmbodiedError
 from embodied.core.files import read_tensors, write_tensors
 from embodied.learn.config import LearnerConfig

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from embodied.buffer.limiter import RateLimiter
-from embodied.buffer.loader import LoaderClient
-from embodied.buffer.replay import EpisodeInfo, ReplayReader
-from embodied.buffer.samplers import WindowSampler, WindowSpec
+from embodied.buffer.load.loader import LoaderClient
+from embodied.buffer.read.replay import EpisodeInfo, ReplayReader
+from embodied.buffer.sample.limiter import RateLimiter
+from embodied.buffer.sample.samplers import WindowSampler, WindowSpec
 from embodied.core.errors import CorruptDataError
 from embodied.core.seeds import derive_seed, make_rng
 from embodied.learn.batches import Batches, InlineBatches, LoadedBatches

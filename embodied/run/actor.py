@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from embodied.buffer.replay import ReplayReader
-from embodied.buffer.sink import StepSink
+from embodied.buffer.read.replay import ReplayReader
+from embodied.buffer.serve.sink import StepSink
 from embodied.core.config import component
 from embodied.core.errors import DeviceLostError, EmbodiedError, LeaseError
 from embodied.core.seeds import make_rng

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from embodied.buffer.replay import ReplayReader
-from embodied.buffer.samplers import WindowSampler
-from embodied.buffer.sink import LocalBuffer, StepSink
-from embodied.buffer.statistics import FeatureStats
-from embodied.buffer.windows import WindowSpec
+from embodied.buffer.read.replay import ReplayReader
+from embodied.buffer.sample.samplers import WindowSampler
+from embodied.buffer.sample.statistics import FeatureStats
+from embodied.buffer.sample.windows import WindowSpec
+from embodied.buffer.serve.sink import LocalBuffer, StepSink
 from embodied.core.config import component, convert
 from embodied.core.errors import ConfigError
 from embodied.core.rundir import RunDir

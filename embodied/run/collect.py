@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from embodied.buffer.sink import StepSink
+from embodied.buffer.serve.sink import StepSink
 from embodied.core.errors import ConfigError, EmbodiedError
 from embodied.run.config import CollectConfig
 from embodied.run.record import Recorder

@@ -4,8 +4,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from embodied.buffer.retention import Retention
-from embodied.buffer.schema import Codecs
+from embodied.buffer.steps.schema import Codecs
+from embodied.buffer.write.retention import Retention
 from embodied.core import config as core_config
 from embodied.core.errors import ConfigError
 from embodied.learn.config import LearnerConfig

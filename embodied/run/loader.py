@@ -8,7 +8,7 @@ from collections.abc import Callable
 from mmap import mmap
 from pathlib import Path
 
-from embodied.buffer.loader import Loader, LoaderClient
+from embodied.buffer.load.loader import Loader, LoaderClient
 from embodied.core.config import convert
 from embodied.core.processes import die_with_parent
 from embodied.core.rundir import RunDir

@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
-from embodied.buffer.sink import StepSink
+from embodied.buffer.serve.sink import StepSink
 from embodied.core.rundir import RunDir
 from embodied.run import build
 from embodied.run.actor import Actor

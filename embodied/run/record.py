@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
-from embodied.buffer.sink import StepSink
+from embodied.buffer.serve.sink import StepSink
 from embodied.core.episodes import Step
 
 

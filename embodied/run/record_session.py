@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from embodied.buffer.replay import ReplayReader
-from embodied.buffer.sink import StepSink
+from embodied.buffer.read.replay import ReplayReader
+from embodied.buffer.serve.sink import StepSink
 from embodied.core.episodes import Step
 from embodied.core.errors import ConfigError
 from embodied.core.protocols import Policy

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from embodied.buffer.client import BufferClient
-from embodied.buffer.service import BufferService
+from embodied.buffer.serve.client import BufferClient
+from embodied.buffer.serve.service import BufferService
 from embodied.core.config import convert
 from embodied.core.errors import (
     ConfigError,

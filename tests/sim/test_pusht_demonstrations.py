@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embodied.buffer.replay import ReplayReader
+from embodied.buffer.read.replay import ReplayReader
 from embodied.cli.main import main
 from embodied.core.errors import ConfigError, CorruptDataError
 from sim.family import SimConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 from disk import RecordingStorage
 from story import Key, Story, check_steps, make_episode, steps_in_log, steps_in_reader
 
-from embodied.buffer.replay import ReplayReader
+from embodied.buffer.read.replay import ReplayReader
 from embodied.core.episodes import Step
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
 
-from embodied.buffer.storage import Buffer, Storage
+from embodied.buffer.log.storage import Buffer, Storage
 
 SECTOR = 512
 _SIZES = ("truncate", "reserve")

@@ -4,9 +4,9 @@ import random
 
 import numpy as np
 
-from embodied.buffer.episodes import EpisodeInfo
-from embodied.buffer.gather import DamagedRowsError
-from embodied.buffer.schema import Feature
+from embodied.buffer.read.episodes import EpisodeInfo
+from embodied.buffer.read.gather import DamagedRowsError
+from embodied.buffer.steps.schema import Feature
 from embodied.core.episodes import Step
 from embodied.core.errors import ConfigError
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from embodied.buffer.writer import ReplayWriter
+from embodied.buffer.write.writer import ReplayWriter
 from embodied.core.episodes import Step
 
 SIDE = 64

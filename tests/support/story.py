@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from disk import RecordingStorage
 
-from embodied.buffer.records import decode_step
-from embodied.buffer.replay import ReplayReader
-from embodied.buffer.schema import FLAGS, Schema, decode_schema, schema_id
-from embodied.buffer.segments import list_segments
-from embodied.buffer.tail import LogReader
-from embodied.buffer.writer import ReplayWriter
+from embodied.buffer.log.segments import list_segments
+from embodied.buffer.log.tail import LogReader
+from embodied.buffer.read.replay import ReplayReader
+from embodied.buffer.steps.records import decode_step
+from embodied.buffer.steps.schema import FLAGS, Schema, decode_schema, schema_id
+from embodied.buffer.write.writer import ReplayWriter
 from embodied.core.episodes import Step
 
 STATE, IMAGE, FORCE = "observation.state", "observation.images.front", "observation.force"

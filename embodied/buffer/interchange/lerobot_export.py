@@ -10,11 +10,11 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from embodied.buffer.contents import Contents, Episode
 from embodied.buffer.interchange import lerobot
 from embodied.buffer.interchange.recording import episode_arrays, tick_hz
-from embodied.buffer.maintenance import appearing
-from embodied.buffer.schema import RESERVED
+from embodied.buffer.steps.schema import RESERVED
+from embodied.buffer.upkeep.contents import Contents, Episode
+from embodied.buffer.upkeep.maintenance import appearing
 from embodied.core.errors import ConfigError, EmbodiedError, SpecError
 from embodied.core.files import write_atomic
 

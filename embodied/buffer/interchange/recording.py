@@ -4,9 +4,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from embodied.buffer.contents import Contents, Episode
-from embodied.buffer.maintenance import Selection
-from embodied.buffer.schema import FLAGS
+from embodied.buffer.steps.schema import FLAGS
+from embodied.buffer.upkeep.contents import Contents, Episode
+from embodied.buffer.upkeep.maintenance import Selection
 from embodied.core.errors import ConfigError
 
 _COLUMNS = {

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from embodied.buffer.interchange.dataset import MAX_FRAMES, Episode, last_step, source_stream
-from embodied.buffer.schema import MAX_STEP_BYTES
+from embodied.buffer.steps.schema import MAX_STEP_BYTES
 from embodied.comms.codec import DTYPES
 from embodied.core.episodes import Step
 from embodied.core.errors import ConfigError, CorruptDataError, MissingDependencyError

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from tmpfs import script_in_tmpfs
 
-from embodied.buffer.messages import REPLIES, AppendRequest
-from embodied.buffer.progress import StepOrderError
-from embodied.buffer.records import decode_header, encode_step
-from embodied.buffer.replay import ReplayReader
-from embodied.buffer.schema import Codecs, encode_schema
-from embodied.buffer.service import BufferClient, BufferService, LocalBuffer
-from embodied.buffer.storage import Storage
-from embodied.buffer.tail import LogReader
+from embodied.buffer.log.storage import Storage
+from embodied.buffer.log.tail import LogReader
+from embodied.buffer.read.replay import ReplayReader
+from embodied.buffer.serve.messages import REPLIES, AppendRequest
+from embodied.buffer.serve.service import BufferClient, BufferService, LocalBuffer
+from embodied.buffer.steps.records import decode_header, encode_step
+from embodied.buffer.steps.schema import Codecs, encode_schema
+from embodied.buffer.write.progress import StepOrderError
 from embodied.comms.channels import RequestClient
 from embodied.core.errors import (
     CorruptDataError,
@@ -29,7 +29,7 @@ from embodied.core.errors import (
 SERVE = """
 import sys
 from pathlib import Path
-from embodied.buffer.service import BufferService
+from embodied.buffer.serve.service import BufferService
 service = BufferService(Path(sys.argv[1]), sys.argv[2], 1 << 18)
 print("up", flush=True)
 service.serve(lambda: False)
@@ -243,7 +243,7 @@ def test_a_full_disk_is_named_and_passes(tmp_path, make_episode):
     script = """
 import os, sys
 from pathlib import Path
-from embodied.buffer.service import BufferService
+from embodied.buffer.serve.service import BufferService
 mount, address, freed = sys.argv[1:]
 with open(mount + "/ballast", "wb") as file:
     file.write(bytes(3_950_000))

@@ -5,9 +5,9 @@ import sys
 import numpy as np
 import pytest
 
-from embodied.buffer.gather import DamagedRowsError
-from embodied.buffer.replay import ReplayReader
-from embodied.buffer.segments import segment_path
+from embodied.buffer.log.segments import segment_path
+from embodied.buffer.read.gather import DamagedRowsError
+from embodied.buffer.read.replay import ReplayReader
 from embodied.core.errors import ConfigError, SpecError
 from tests.support.picture_buffer import SIDE, picture, write_pictures
 
@@ -108,7 +108,7 @@ def test_index_and_small_features_beyond_the_budget_are_an_error(pictures):
 _RESIDENT = """
 import sys, numpy as np
 from pathlib import Path
-from embodied.buffer.replay import ReplayReader
+from embodied.buffer.read.replay import ReplayReader
 
 def resident():
     fields = dict(line.split(":") for line in open("/proc/self/status") if ":" in line)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
-from embodied.buffer import codecs
+from embodied.buffer.steps import codecs
 from embodied.core.errors import CorruptDataError, SpecError
 
 IMAGE_CODECS = ("webp", "webp:80", "jpeg:90")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import robomimic_file
 
-from embodied.buffer.sink import LocalBuffer
+from embodied.buffer.serve.sink import LocalBuffer
 from embodied.core import config, registry
 
 PUSHT = Path(__file__).parents[2] / "data" / "pusht_three_episodes.npz"

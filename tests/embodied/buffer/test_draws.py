@@ -4,9 +4,9 @@ from chi_square import deviates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embodied.buffer.draws import NewSteps, Recency, Stratified, Uniform, Weighted
-from embodied.buffer.episodes import EpisodeInfo
-from embodied.buffer.priorities import Prioritised, SumTree
+from embodied.buffer.read.episodes import EpisodeInfo
+from embodied.buffer.sample.draws import NewSteps, Recency, Stratified, Uniform, Weighted
+from embodied.buffer.sample.priorities import Prioritised, SumTree
 from embodied.core.errors import ConfigError
 
 DRAWS = 40_000

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from embodied.buffer.contents import Contents
 from embodied.buffer.interchange.lerobot_export import export
 from embodied.buffer.interchange.lerobot_import import LeRobotEpisodes
 from embodied.buffer.interchange.recording import closed_episodes
-from embodied.buffer.maintenance import Selection
-from embodied.buffer.sink import LocalBuffer
+from embodied.buffer.serve.sink import LocalBuffer
+from embodied.buffer.upkeep.contents import Contents
+from embodied.buffer.upkeep.maintenance import Selection
 from embodied.core.episodes import Step
 from embodied.core.errors import ConfigError, MissingDependencyError, SpecError
 from embodied.run.record import import_dataset

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from embodied.buffer.interchange.lerobot_import import LeRobotEpisodes
-from embodied.buffer.replay import ReplayReader
-from embodied.buffer.sink import LocalBuffer
+from embodied.buffer.read.replay import ReplayReader
+from embodied.buffer.serve.sink import LocalBuffer
 from embodied.core.errors import ConfigError, CorruptDataError
 from embodied.run.record import import_dataset
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embodied.buffer.limiter import RateLimiter
+from embodied.buffer.sample.limiter import RateLimiter
 from embodied.core.errors import ConfigError, CorruptDataError
 
 

@@ -6,10 +6,10 @@ import time
 import numpy as np
 import pytest
 
-from embodied.buffer.batches import ArraySize
-from embodied.buffer.loader import LoaderClient
-from embodied.buffer.ring import BatchRing, RingArray, RingLayout, ring_layout
-from embodied.buffer.writer import ReplayWriter
+from embodied.buffer.load.loader import LoaderClient
+from embodied.buffer.load.ring import BatchRing, RingArray, RingLayout, ring_layout
+from embodied.buffer.sample.batches import ArraySize
+from embodied.buffer.write.writer import ReplayWriter
 from embodied.core.errors import ConfigError, CorruptDataError, EmbodiedError
 from tests.support.picture_buffer import picture, picture_step, write_pictures
 
@@ -18,11 +18,11 @@ _SERVE = """
 import socket, sys
 import numpy as np
 from pathlib import Path
-from embodied.buffer.priorities import Prioritised
-from embodied.buffer.loader import Loader
-from embodied.buffer.replay import ReplayReader
-from embodied.buffer.samplers import WindowSampler
-from embodied.buffer.windows import WindowSpec
+from embodied.buffer.sample.priorities import Prioritised
+from embodied.buffer.load.loader import Loader
+from embodied.buffer.read.replay import ReplayReader
+from embodied.buffer.sample.samplers import WindowSampler
+from embodied.buffer.sample.windows import WindowSpec
 
 path, keys, strategy, link = sys.argv[1:]
 reader = ReplayReader(Path(path))

@@ -8,10 +8,10 @@ import time
 import pytest
 from tmpfs import script_in_tmpfs
 
-from embodied.buffer.log import LogWriter
-from embodied.buffer.segments import FIRST_OFFSET, RECORD_HEADER, list_segments, segment_path
-from embodied.buffer.storage import Storage
-from embodied.buffer.tail import LogReader
+from embodied.buffer.log.append import LogWriter
+from embodied.buffer.log.segments import FIRST_OFFSET, RECORD_HEADER, list_segments, segment_path
+from embodied.buffer.log.storage import Storage
+from embodied.buffer.log.tail import LogReader
 from embodied.core.errors import ConfigError, CorruptDataError, RunInUseError
 
 SMALL = 4096
@@ -91,7 +91,7 @@ def test_record_larger_than_a_segment(tmp_path):
 
 KILLED = """
 import random, sys, os
-from embodied.buffer.log import LogWriter
+from embodied.buffer.log.append import LogWriter
 def payload_of(seq, largest):
     return random.Random(seq).randbytes(random.Random(-seq - 1).randint(0, largest))
 largest = int(sys.argv[2])
@@ -281,7 +281,7 @@ def test_an_open_segment_without_header_is_replaced(tmp_path, content):
 def test_reader_follows_a_live_writer(tmp_path):
     script = (
         "import random, sys\n"
-        "from embodied.buffer.log import LogWriter\n"
+        "from embodied.buffer.log.append import LogWriter\n"
         "def payload_of(seq, largest=300):\n"
         "    return random.Random(seq).randbytes(random.Random(-seq - 1).randint(0, largest))\n"
         "with LogWriter(sys.argv[1], 20_000) as writer:\n"
@@ -302,8 +302,8 @@ def test_reader_follows_a_live_writer(tmp_path):
 def test_a_full_disk_keeps_what_is_there_and_recovers(tmp_path):
     script = """
 import os, sys
-from embodied.buffer.log import LogWriter
-from embodied.buffer.tail import LogReader
+from embodied.buffer.log.append import LogWriter
+from embodied.buffer.log.tail import LogReader
 from embodied.core.errors import StorageFullError
 path = sys.argv[1] + "/log"
 with open(sys.argv[1] + "/ballast", "wb") as file:
@@ -342,7 +342,7 @@ print(full)
 
 
 def test_a_segment_of_another_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("embodied.buffer.segments.FORMAT", 1)
+    monkeypatch.setattr("embodied.buffer.log.segments.FORMAT", 1)
     write(tmp_path, 3)
     monkeypatch.undo()
     for read in (LogWriter, lambda path: list(LogReader(path).poll())):

@@ -5,12 +5,12 @@ import sys
 import numpy as np
 import pytest
 
-from embodied.buffer.contents import Contents
-from embodied.buffer.maintenance import Selection, compact, merge, split, verify
-from embodied.buffer.replay import ReplayReader
-from embodied.buffer.segments import segment_path
-from embodied.buffer.sink import LocalBuffer
-from embodied.buffer.writer import ReplayWriter
+from embodied.buffer.log.segments import segment_path
+from embodied.buffer.read.replay import ReplayReader
+from embodied.buffer.serve.sink import LocalBuffer
+from embodied.buffer.upkeep.contents import Contents
+from embodied.buffer.upkeep.maintenance import Selection, compact, merge, split, verify
+from embodied.buffer.write.writer import ReplayWriter
 from embodied.core.errors import ConfigError, RunInUseError, SpecError
 
 SEGMENT_BYTES = 1024  # a few steps
@@ -301,7 +301,7 @@ def test_compaction_waits_for_the_writer_and_spares_foreign_files(tmp_path, writ
 
 
 def test_compaction_that_is_cut_off_leaves_the_buffer_as_it_was(tmp_path, write, monkeypatch):
-    from embodied.buffer import maintenance
+    from embodied.buffer.upkeep import maintenance
 
     path = write(tmp_path / "buffer", ("r0", 0), ("r0", 1))
     before = stored(path)
@@ -341,7 +341,8 @@ def test_compaction_survives_being_killed(tmp_path, write):
             writer.delete("r0", number)
     before = stored(path)
     code = (
-        "import sys; from pathlib import Path; from embodied.buffer.maintenance import compact; "
+        "import sys; from pathlib import Path\n"
+        "from embodied.buffer.upkeep.maintenance import compact\n"
         "print('ready', flush=True); compact(Path(sys.argv[1]), segment_bytes=2048)"
     )
     rng = np.random.default_rng(0)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embodied.buffer.records import decode_header, decode_step, encode_step
-from embodied.buffer.schema import Codecs, Feature, Schema, decode_schema, encode_schema
+from embodied.buffer.steps.records import decode_header, decode_step, encode_step
+from embodied.buffer.steps.schema import Codecs, Feature, Schema, decode_schema, encode_schema
 from embodied.comms.codec import DTYPES
 from embodied.core.episodes import Step
 from embodied.core.errors import CorruptDataError, SpecError

@@ -4,12 +4,12 @@ import itertools
 import numpy as np
 import pytest
 
-from embodied.buffer.blocks import block_path
-from embodied.buffer.records import decode_step
-from embodied.buffer.replay import ReplayReader
-from embodied.buffer.segments import SegmentFile, list_segments, segment_path
-from embodied.buffer.storage import Storage
-from embodied.buffer.writer import ReplayWriter, StepOrderError, StreamCounts
+from embodied.buffer.log.segments import SegmentFile, list_segments, segment_path
+from embodied.buffer.log.storage import Storage
+from embodied.buffer.read.replay import ReplayReader
+from embodied.buffer.steps.blocks import block_path
+from embodied.buffer.steps.records import decode_step
+from embodied.buffer.write.writer import ReplayWriter, StepOrderError, StreamCounts
 from embodied.core.errors import ConfigError, RunInUseError, SpecError, StorageFullError
 
 SMALL = 8192

@@ -3,10 +3,10 @@ import sqlite3
 import numpy as np
 import pytest
 
-from embodied.buffer.catalogue import NAME, Catalogue
-from embodied.buffer.replay import ReplayReader
-from embodied.buffer.retention import Retention
-from embodied.buffer.writer import ReplayWriter, StepOrderError
+from embodied.buffer.read.replay import ReplayReader
+from embodied.buffer.write.catalogue import NAME, Catalogue
+from embodied.buffer.write.retention import Retention
+from embodied.buffer.write.writer import ReplayWriter, StepOrderError
 from embodied.core.errors import ConfigError, SpecError
 from tests.support.picture_buffer import picture, picture_step
 

@@ -4,8 +4,8 @@ import pytest
 from robomimic_file import write
 
 from embodied.buffer.interchange.robomimic import RobomimicEpisodes
-from embodied.buffer.replay import ReplayReader
-from embodied.buffer.sink import LocalBuffer
+from embodied.buffer.read.replay import ReplayReader
+from embodied.buffer.serve.sink import LocalBuffer
 from embodied.core.errors import ConfigError, CorruptDataError
 from embodied.run.record import import_dataset
 

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from memory import MemoryReader
 from windowing import IMAGE, STATE, assert_batch_is, interleave, key_of, make_steps
 
-from embodied.buffer.batches import DRAW_AGAIN, StaleDrawError
-from embodied.buffer.priorities import Prioritised
-from embodied.buffer.replay import ReplayReader
-from embodied.buffer.samplers import WindowSampler, select_all
-from embodied.buffer.windows import WindowSpec
-from embodied.buffer.writer import ReplayWriter
+from embodied.buffer.read.replay import ReplayReader
+from embodied.buffer.sample.batches import DRAW_AGAIN, StaleDrawError
+from embodied.buffer.sample.priorities import Prioritised
+from embodied.buffer.sample.samplers import WindowSampler, select_all
+from embodied.buffer.sample.windows import WindowSpec
+from embodied.buffer.write.writer import ReplayWriter
 from embodied.core.errors import ConfigError
 
 SPEC = WindowSpec(2, 4, (STATE, IMAGE))
@@ -200,7 +200,7 @@ def test_wrong_input_is_named():
 
 
 def test_episodes_of_many_chunks(monkeypatch):
-    monkeypatch.setattr("embodied.buffer.samplers._CHUNK_STEPS", 10)
+    monkeypatch.setattr("embodied.buffer.sample.samplers._CHUNK_STEPS", 10)
     _, sampler, episodes = filled(spec=BACKUP)
     batch = sampler.sample(300, np.random.default_rng(1))
     assert sampler.num_candidates == 77
@@ -266,7 +266,7 @@ def test_damaged_episodes_are_drawn_around():
 
 def test_statistics_are_exact(monkeypatch):
     for name in ("_CHUNK_ELEMENTS", "_HELD_ELEMENTS"):
-        monkeypatch.setattr(f"embodied.buffer.statistics.{name}", 100)
+        monkeypatch.setattr(f"embodied.buffer.sample.statistics.{name}", 100)
     _, sampler, episodes = filled(select=select_interventions, tracked=(STATE, IMAGE, "action"))
     steps = [s for steps in episodes.values() for s in steps[:-1] if s.intervention]
     data = {

@@ -5,11 +5,11 @@ from hypothesis import strategies as st
 from memory import MemoryReader
 from windowing import IMAGE, STATE, assert_batch_is, key_of, make_steps
 
-from embodied.buffer.batches import StaleDrawError
-from embodied.buffer.priorities import Prioritised
-from embodied.buffer.samplers import WindowSampler
-from embodied.buffer.sources import MixtureSampler, Quotas
-from embodied.buffer.windows import WindowSpec
+from embodied.buffer.sample.batches import StaleDrawError
+from embodied.buffer.sample.priorities import Prioritised
+from embodied.buffer.sample.samplers import WindowSampler
+from embodied.buffer.sample.sources import MixtureSampler, Quotas
+from embodied.buffer.sample.windows import WindowSpec
 from embodied.core.episodes import Step
 from embodied.core.errors import ConfigError
 

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embodied.buffer import statistics
-from embodied.buffer.statistics import RunningStats, feature_stats, merged
+from embodied.buffer.sample import statistics
+from embodied.buffer.sample.statistics import RunningStats, feature_stats, merged
 from embodied.core.errors import ConfigError
 
 SHAPES = [((), "float64"), ((3,), "float32"), ((2, 2), "int32"), ((4,), "bool"), ((5,), "uint8")]

@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 from memory import MemoryReader
 from windowing import IMAGE, STATE, assert_batch_is, interleave, key_of, make_steps
 
-from embodied.buffer.batches import StaleDrawError
-from embodied.buffer.growing import GrowingArray
-from embodied.buffer.samplers import WindowSampler, select_all
-from embodied.buffer.windows import METADATA, WindowIndex, WindowSpec
+from embodied.buffer.sample.batches import StaleDrawError
+from embodied.buffer.sample.growing import GrowingArray
+from embodied.buffer.sample.samplers import WindowSampler, select_all
+from embodied.buffer.sample.windows import METADATA, WindowIndex, WindowSpec
 from embodied.core.errors import ConfigError
 
 SPECS = st.builds(

@@ -5,9 +5,9 @@ import lerobot_v3
 import numpy as np
 import pytest
 
-from embodied.buffer.contents import Contents
-from embodied.buffer.sink import LocalBuffer
-from embodied.buffer.writer import ReplayWriter
+from embodied.buffer.serve.sink import LocalBuffer
+from embodied.buffer.upkeep.contents import Contents
+from embodied.buffer.write.writer import ReplayWriter
 from embodied.cli.main import main
 from embodied.core.episodes import Step
 

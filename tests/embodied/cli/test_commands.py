@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from embodied.buffer.replay import ReplayReader
+from embodied.buffer.read.replay import ReplayReader
 from embodied.cli.main import main
 from embodied.cli.report import control_figures, write_report
 from embodied.core.rundir import RunDir
@@ -105,7 +105,7 @@ class Refuse:
             raise ImportError(f"{name} was imported")
 sys.meta_path.insert(0, Refuse())
 import embodied.core.config, embodied.core.rundir, embodied.core.files, embodied.core.protocols
-import embodied.comms.channels, embodied.buffer.service, embodied.buffer.samplers
+import embodied.comms.channels, embodied.buffer.serve.service, embodied.buffer.sample.samplers
 import embodied.weights.store, hal, deploy.agent, embodied.learn.dagger, embodied.run.rollout
 import embodied.cli.main, embodied.cli.agent, embodied.cli.estop, embodied.cli.teleop
 import embodied.cli.record, embodied.cli.calibrate, embodied.run.record_session

@@ -12,7 +12,7 @@ import pytest
 from simhost import EMBODIED, SimulatedHost
 from terminal import Terminal
 
-from embodied.buffer.replay import ReplayReader
+from embodied.buffer.read.replay import ReplayReader
 from embodied.cli.main import main
 from embodied.run.record_session import finished
 from hal.remote import RemoteDevice

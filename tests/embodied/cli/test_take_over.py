@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from simhost import EMBODIED, SimulatedHost
 
-from embodied.buffer.replay import ReplayReader
+from embodied.buffer.read.replay import ReplayReader
 from embodied.weights.store import WeightStore
 
 SMALL = (

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from embodied.buffer.statistics import FeatureStats
+from embodied.buffer.sample.statistics import FeatureStats
 from embodied.core.errors import CorruptDataError, EmbodiedError
 from embodied.learn.config import LearnerConfig
 from embodied.learn.learner import Learner, PolicyFormat

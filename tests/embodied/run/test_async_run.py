@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tmpfs import in_tmpfs
 
-from embodied.buffer.replay import ReplayReader
+from embodied.buffer.read.replay import ReplayReader
 from embodied.core.rundir import RunDir
 from embodied.weights.store import WeightStore
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from embodied.buffer.replay import ReplayReader
+from embodied.buffer.read.replay import ReplayReader
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from embodied.buffer.replay import ReplayReader
+from embodied.buffer.read.replay import ReplayReader
 from embodied.cli.main import main
 from embodied.core.rundir import RunDir
 from embodied.weights.store import WeightStore

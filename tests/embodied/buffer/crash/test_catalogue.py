@@ -8,9 +8,9 @@ from aftermath import read
 from disk import RecordingStorage
 from story import IMAGE, abandon, check_steps, make_episode
 
-from embodied.buffer.catalogue import NAME
-from embodied.buffer.replay import ReplayReader
-from embodied.buffer.writer import ReplayWriter
+from embodied.buffer.read.replay import ReplayReader
+from embodied.buffer.write.catalogue import NAME
+from embodied.buffer.write.writer import ReplayWriter
 from embodied.core.errors import RunInUseError
 
 TASKS = [("task 0", 6, 18), ("task 1", 6, 18)]

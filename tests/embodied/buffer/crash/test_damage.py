@@ -8,14 +8,14 @@ import pytest
 from aftermath import read
 from story import CODECS, IMAGE, SMALL_IMAGE, STATE, abandon, check_steps, make_episode
 
-from embodied.buffer.blocks import block_path
-from embodied.buffer.gather import DamagedRowsError
-from embodied.buffer.replay import ReplayReader
-from embodied.buffer.samplers import WindowSampler
-from embodied.buffer.segments import FIRST_OFFSET, segment_path
-from embodied.buffer.table import SLOT_MASK
-from embodied.buffer.windows import WindowSpec
-from embodied.buffer.writer import ReplayWriter
+from embodied.buffer.log.segments import FIRST_OFFSET, segment_path
+from embodied.buffer.read.gather import DamagedRowsError
+from embodied.buffer.read.replay import ReplayReader
+from embodied.buffer.read.table import SLOT_MASK
+from embodied.buffer.sample.samplers import WindowSampler
+from embodied.buffer.sample.windows import WindowSpec
+from embodied.buffer.steps.blocks import block_path
+from embodied.buffer.write.writer import ReplayWriter
 
 PICTURES = WindowSpec(1, 1, observation_keys=(IMAGE, SMALL_IMAGE, STATE))
 

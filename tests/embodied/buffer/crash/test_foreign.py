@@ -6,10 +6,10 @@ import pytest
 from aftermath import read
 from story import CODECS, check_steps, make_episode
 
-from embodied.buffer.blocks import block_path
-from embodied.buffer.replay import ReplayReader
-from embodied.buffer.segments import segment_path
-from embodied.buffer.writer import ReplayWriter
+from embodied.buffer.log.segments import segment_path
+from embodied.buffer.read.replay import ReplayReader
+from embodied.buffer.steps.blocks import block_path
+from embodied.buffer.write.writer import ReplayWriter
 
 SEGMENT_BYTES = 2600
 

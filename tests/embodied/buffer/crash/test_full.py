@@ -8,10 +8,10 @@ from aftermath import read
 from story import check_steps, make_episode
 from tmpfs import script_in_tmpfs
 
-from embodied.buffer.catalogue import Catalogue
-from embodied.buffer.retention import Retention
-from embodied.buffer.segments import list_segments
-from embodied.buffer.writer import ReplayWriter
+from embodied.buffer.log.segments import list_segments
+from embodied.buffer.write.catalogue import Catalogue
+from embodied.buffer.write.retention import Retention
+from embodied.buffer.write.writer import ReplayWriter
 from embodied.core.errors import StorageFullError
 
 SUPPORT = str(Path(__file__).parents[3] / "support")
@@ -23,11 +23,11 @@ mount, support, first, last, stride = sys.argv[1:]
 sys.path.insert(0, support)
 from aftermath import read
 from story import CODECS, check_steps, make_step, steps_in_reader
-from embodied.buffer.blocks import block_path
-from embodied.buffer.replay import ReplayReader
-from embodied.buffer.segments import list_segments
-from embodied.buffer.storage import Storage
-from embodied.buffer.writer import ReplayWriter
+from embodied.buffer.steps.blocks import block_path
+from embodied.buffer.read.replay import ReplayReader
+from embodied.buffer.log.segments import list_segments
+from embodied.buffer.log.storage import Storage
+from embodied.buffer.write.writer import ReplayWriter
 from embodied.core.errors import StorageFullError
 
 SEGMENT_BYTES = 64 << 10

@@ -9,7 +9,7 @@ from aftermath import check
 from disk import RecordingStorage, restore, whole_files_through
 from story import Story, tell
 
-from embodied.buffer.retention import Retention
+from embodied.buffer.write.retention import Retention
 
 STORIES = (
     {"segment_bytes": 4096},

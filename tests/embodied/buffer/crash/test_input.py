@@ -10,11 +10,11 @@ import pytest
 from aftermath import read
 from story import IMAGE, STATE, check_steps, make_step, steps_in_log
 
-from embodied.buffer.progress import StepOrderError
-from embodied.buffer.records import decode_step, encode_step
-from embodied.buffer.schema import Codecs
-from embodied.buffer.service import BufferClient, BufferService
-from embodied.buffer.writer import ReplayWriter
+from embodied.buffer.serve.service import BufferClient, BufferService
+from embodied.buffer.steps.records import decode_step, encode_step
+from embodied.buffer.steps.schema import Codecs
+from embodied.buffer.write.progress import StepOrderError
+from embodied.buffer.write.writer import ReplayWriter
 from embodied.core.errors import ConfigError, CorruptDataError, EmbodiedError, SpecError
 
 STREAM, CLOSED, OPEN, NEXT = "robot7", 40, 41, 23

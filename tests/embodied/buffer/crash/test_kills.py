@@ -14,7 +14,7 @@ from aftermath import check, read
 from disk import InterruptedStorage, restore, whole_files_through
 from story import Story, check_steps, make_step, tell
 
-from embodied.buffer.retention import Retention
+from embodied.buffer.write.retention import Retention
 
 OPTIONS = {"segment_bytes": 3000, "retention": Retention(max_bytes=7000, pinned=("demo",))}
 SUPPORT = str(Path(__file__).parents[3] / "support")
@@ -152,7 +152,7 @@ import os, random, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from story import CODECS, make_step
-from embodied.buffer.writer import ReplayWriter
+from embodied.buffer.write.writer import ReplayWriter
 writer = ReplayWriter(Path(sys.argv[2]), 30_000, codecs=CODECS)
 rng = random.Random(int(sys.argv[3]))
 next_up = {stream: [writer.next_episode(stream), 0, rng.randint(1, 9)] for stream in ("a", "force")}

@@ -15,18 +15,19 @@ import pytest
 from aftermath import read
 from story import IMAGE, SMALL_IMAGE, STATE, check_steps, make_episode, make_step, same
 
-from embodied.buffer import replay, tail
-from embodied.buffer.blocks import Block
-from embodied.buffer.cache import SegmentCache
-from embodied.buffer.progress import StepOrderError
-from embodied.buffer.replay import ReplayReader
-from embodied.buffer.retention import Retention
-from embodied.buffer.samplers import WindowSampler
-from embodied.buffer.segments import SegmentFile, list_segments
-from embodied.buffer.service import BufferClient, BufferService
-from embodied.buffer.tail import LogReader
-from embodied.buffer.windows import WindowSpec
-from embodied.buffer.writer import ReplayWriter
+from embodied.buffer.log import tail
+from embodied.buffer.log.segments import SegmentFile, list_segments
+from embodied.buffer.log.tail import LogReader
+from embodied.buffer.read import replay
+from embodied.buffer.read.cache import SegmentCache
+from embodied.buffer.read.replay import ReplayReader
+from embodied.buffer.sample.samplers import WindowSampler
+from embodied.buffer.sample.windows import WindowSpec
+from embodied.buffer.serve.service import BufferClient, BufferService
+from embodied.buffer.steps.blocks import Block
+from embodied.buffer.write.progress import StepOrderError
+from embodied.buffer.write.retention import Retention
+from embodied.buffer.write.writer import ReplayWriter
 from embodied.core.errors import RunInUseError
 
 SUPPORT = str(Path(__file__).parents[3] / "support")
@@ -37,8 +38,8 @@ import random, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from story import CODECS, make_episode
-from embodied.buffer.retention import Retention
-from embodied.buffer.writer import ReplayWriter
+from embodied.buffer.write.retention import Retention
+from embodied.buffer.write.writer import ReplayWriter
 rng = random.Random(0)
 retention = Retention(max_bytes=90_000, pinned=("demo",))
 with ReplayWriter(Path(sys.argv[2]), 25_000, codecs=CODECS, retention=retention) as writer:
@@ -163,7 +164,7 @@ def test_a_name_that_is_not_seen_while_it_changes(ram_path, monkeypatch):
 
 
 def test_the_lock_goes_with_its_process(ram_path):
-    script = "import sys, time\nfrom embodied.buffer.writer import ReplayWriter\n"
+    script = "import sys, time\nfrom embodied.buffer.write.writer import ReplayWriter\n"
     script += "writer = ReplayWriter(sys.argv[1])\nprint('up', flush=True)\ntime.sleep(60)"
     child = subprocess.Popen([sys.executable, "-c", script, str(ram_path)], stdout=subprocess.PIPE)
     assert child.stdout.readline() == b"up\n"

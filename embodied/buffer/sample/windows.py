@@ -1,0 +1,204 @@
+"""Windows of history, future actions and n-step backups around a step; the index behind them.
+
+Legend: B batch, To history, H horizon, D action, n steps of a backup, m of them that exist.
+"""
+
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from embodied.buffer.sample.growing import GrowingArray
+from embodied.core.errors import ConfigError
+
+METADATA = ("intervention", "success", "policy_version", "t_ns")
+"""Columns of the drawn step itself that a batch carries if asked to."""
+
+NEXT = "next."
+"""What the name of the observation after n steps begins with."""
+
+_TAKEN = frozenset(("action", "action_is_pad", "reward", "terminated", "truncated", "return"))
+_BATCH_NAMES = _TAKEN | {"discount", "weight", "source", *METADATA}
+
+
+class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a sample around step t of an episode consists of.
+
+    n_obs_steps: To; the observations t-To+1..t, the episode's first one standing in for those
+    before it. horizon: H; the actions t..t+H-1 (the first of them was chosen on observation t).
+    observation_keys: which to take.
+
+    n_step: n; 0 for none, else the n-step backup (Sutton and Barto 2018, 7.1; of action chunks,
+    n_step = horizon, in Q-chunking, Li et al. 2025): with m = min(n, steps from t to the
+    episode's end), `return` = Σ_{k<m} discount^k · reward_{t+k}, the observation after m steps,
+    which at the episode's end is its stored last one, and `discount` = discount^m, or 0 if one
+    of the m steps terminated. A target is return + discount · value(next observation): an
+    episode that was only truncated bootstraps from its last observation (as RLPD, Ball et al.
+    2023). discount: per step. metadata: columns of step t to add, out of METADATA.
+    """
+
+    n_obs_steps: int
+    horizon: int
+    observation_keys: tuple[str, ...]
+    n_step: int = 0
+    discount: float = 1.0
+    metadata: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.n_obs_steps < 1 or self.horizon < 1:
+            raise ConfigError(
+                f"n_obs_steps is {self.n_obs_steps} and horizon {self.horizon}; both must be at "
+                "least 1"
+            )
+        if self.n_step < 0 or not 0 <= self.discount <= 1:
+            raise ConfigError(
+                f"n_step is {self.n_step} and discount {self.discount}; n_step must be at least "
+                "1, or 0 for no backup, and discount between 0 and 1"
+            )
+        if self.n_step == 0 and self.discount != 1:
+            raise ConfigError(
+                f"discount is {self.discount} but n_step 0, so nothing is discounted; set n_step "
+                "to at least 1, or leave discount out"
+            )
+        if unknown := set(self.metadata) - set(METADATA):
+            raise ConfigError(
+                f"metadata {sorted(unknown)} is unknown; known: {', '.join(METADATA)}"
+            )
+        keys = self.observation_keys
+        if len(set(keys)) < len(keys):
+            raise ConfigError(f"observation_keys {list(keys)} name one twice")
+        if taken := [key for key in keys if key in _BATCH_NAMES or key.startswith(NEXT)]:
+            raise ConfigError(f"observation_keys {taken} are names of other arrays of a batch")
+
+
+@dataclass(frozen=True, slots=True)
+class Backup:
+    """The n steps of a backup. rows: int64 [B, n], the episode's last step being repeated.
+    beyond: bool [B, n], whether behind the end. taken: m, int64 [B]. observed: rows of the
+    observations up to the one after m steps, int64 [B, To]."""
+
+    rows: np.ndarray
+    beyond: np.ndarray
+    taken: np.ndarray
+    observed: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Row ids of a batch. observed: int64 [B, To]. future: int64 [B, H], the episode's last step
+    being repeated. beyond, selected: bool [B, H], whether each is behind the end, and selected."""
+
+    observed: np.ndarray
+    future: np.ndarray
+    beyond: np.ndarray
+    selected: np.ndarray
+    backup: Backup | None
+
+
+class WindowIndex:
+    """The steps of complete episodes, one episode after the other, though streams interleave.
+
+    A position counts steps in that order, each episode's last observation included as one more
+    behind its steps. candidates: positions of selected steps. Positions change when episodes are
+    removed; a step's number, its position if none ever had been, does not. Memory: 17 bytes a step.
+    """
+
+    def __init__(self) -> None:
+        self._order = GrowingArray(np.int64)
+        self._selected = GrowingArray(np.bool_)
+        self._candidates = GrowingArray(np.int64)
+        # Of each episode: its first position, that of its last observation, its first number.
+        self._starts = GrowingArray(np.int64)
+        self._ends = GrowingArray(np.int64)
+        self._numbers = GrowingArray(np.int64)
+        self._next_number = 0
+
+    def add(
+        self, rows: np.ndarray, lengths: np.ndarray, final_rows: np.ndarray, selected: np.ndarray
+    ) -> None:
+        """Add E episodes: their steps' rows one after the other and which of them are selected
+        [sum of lengths], their numbers of steps [E], the rows of their last observations [E]."""
+        before = len(self._order)
+        ends = np.cumsum(lengths + 1) - 1
+        size = len(rows) + len(lengths)
+        is_step = np.ones(size, np.bool_)
+        is_step[ends] = False
+        order, chosen = np.empty(size, np.int64), np.zeros(size, np.bool_)
+        order[is_step], order[ends] = rows, final_rows
+        chosen[is_step] = selected
+        self._order.extend(order)
+        self._selected.extend(chosen)
+        self._candidates.extend(before + np.flatnonzero(chosen))
+        self._starts.extend(before + ends - lengths)
+        self._ends.extend(before + ends)
+        self._numbers.extend(self._next_number + ends - lengths)
+        self._next_number += size
+
+    def remove(self, removed: np.ndarray) -> np.ndarray:
+        """Take episodes out (bool [E], in the order in which they were added); returns which of
+        the candidates are left, bool."""
+        starts, ends = self._starts.view, self._ends.view
+        left = np.repeat(~removed, ends + 1 - starts)
+        moved = np.cumsum(left) - 1
+        candidates = self.candidates
+        left_candidates = left[candidates]
+        self._candidates.replace(moved[candidates[left_candidates]])
+        self._starts.replace(moved[ends[~removed]] - (ends - starts)[~removed])
+        self._ends.replace(moved[ends[~removed]])
+        self._numbers.replace(self._numbers.view[~removed])
+        self._order.replace(self._order.view[left])
+        self._selected.replace(self._selected.view[left])
+        return left_candidates
+
+    @property
+    def candidates(self) -> np.ndarray:
+        """Positions of selected steps, ascending: int64 [n]."""
+        return self._candidates.view
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows of selected steps: int64 [n]."""
+        return self._order.view[self.candidates]
+
+    def numbers(self, positions: np.ndarray) -> np.ndarray:
+        """The steps' numbers, which stay when episodes are removed: int64 [B]."""
+        episodes = self._episodes(positions)
+        return self._numbers.view[episodes] + positions - self._starts.view[episodes]
+
+    def ordinals(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Inverse of numbers, as indices of candidates [k], and which of the steps these are:
+        those still there, bool [B]."""
+        if len(self._numbers) == 0:
+            return np.empty(0, np.int64), np.zeros(len(numbers), np.bool_)
+        episodes = np.searchsorted(self._numbers.view, numbers, side="right") - 1
+        episodes = np.maximum(episodes, 0)
+        positions = numbers - self._numbers.view[episodes] + self._starts.view[episodes]
+        there = (positions >= self._starts.view[episodes]) & (positions < self._ends.view[episodes])
+        return np.searchsorted(self.candidates, positions[there]), there
+
+    def windows(self, positions: np.ndarray, spec: WindowSpec) -> Windows:
+        """Rows of the windows around positions [B]."""
+        episodes = self._episodes(positions)
+        starts, ends = self._starts.view[episodes], self._ends.view[episodes]
+        at, beyond = _ahead(positions, ends, spec.horizon)
+        backup = None
+        if spec.n_step:
+            ahead, behind = _ahead(positions, ends, spec.n_step)
+            taken = np.minimum(spec.n_step, ends - positions)
+            observed = self._history(positions + taken, starts, spec.n_obs_steps)
+            backup = Backup(self._order.view[ahead], behind, taken, observed)
+        observed = self._history(positions, starts, spec.n_obs_steps)
+        future, selected = self._order.view[at], self._selected.view[at]
+        return Windows(observed, future, beyond, selected, backup)
+
+    def _episodes(self, positions: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._starts.view, positions, side="right") - 1
+
+    def _history(self, positions: np.ndarray, starts: np.ndarray, n_steps: int) -> np.ndarray:
+        at = positions[:, None] + np.arange(1 - n_steps, 1)
+        return self._order.view[np.maximum(at, starts[:, None])]
+
+
+def _ahead(positions: np.ndarray, ends: np.ndarray, n_steps: int) -> tuple[np.ndarray, np.ndarray]:
+    at = positions[:, None] + np.arange(n_steps)
+    return np.minimum(at, ends[:, None] - 1), at >= ends[:, None]

@@ -1,0 +1,259 @@
+"""The actor's end of the buffer service: keeps every step until the service has it durably."""
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self, TypeVar
+
+import msgspec
+import numpy as np
+
+from embodied.buffer.serve.messages import (
+    MAX_BATCH_STEPS,
+    REPLIES,
+    AppendReply,
+    AppendRequest,
+    EpisodeReply,
+    EpisodeRequest,
+    StatsReply,
+    StatsRequest,
+)
+from embodied.buffer.steps.records import encode_step
+from embodied.buffer.steps.schema import Codecs, Schema, encode_schema
+from embodied.buffer.write.progress import StepOrderError
+from embodied.comms.channels import ErrorReply, RequestClient
+from embodied.core.episodes import Step
+from embodied.core.errors import ConfigError, EmbodiedError, LinkError
+
+_T = TypeVar("_T")
+_WINDOW = 4
+_POLL_S = 0.02
+_SOFT_BATCH_BYTES = 8 << 20
+# A lost predecessor and a full disk pass; any other refusal would come again.
+_TRANSIENT = ("StepOrderError", "StorageFullError")
+
+
+@dataclass(slots=True, eq=False)
+class _Batch:
+    schema: Schema
+    payloads: list[bytearray] = field(default_factory=list)
+    nbytes: int = 0
+    sealed: bool = False
+    request: int | None = None
+    sent_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Newest:
+    episode: int
+    index: int
+    t_ns: int
+
+
+class BufferClient:
+    """Sends steps to a BufferService without waiting for it, a few batches in flight.
+
+    Unacknowledged steps are kept, at most max_pending, and sent again in order when no answer
+    comes within resend_s or one was lost: the service may be killed and restarted at any time.
+    It works while one of its methods is called: call flush at the end of an episode.
+    last_error: the latest refusal that will be tried again (full disk).
+    """
+
+    def __init__(
+        self,
+        address: str,
+        stream: str,
+        *,
+        batch_steps: int = 256,
+        max_pending: int = 10_000,
+        block_s: float = 10.0,
+        resend_s: float = 2.0,
+        codecs: Mapping[str, str] | None = None,
+    ) -> None:
+        if not 1 <= batch_steps <= MAX_BATCH_STEPS or max_pending < 1:
+            raise ConfigError(
+                f"batch_steps is {batch_steps} and max_pending {max_pending}; they must lie in "
+                f"1..{MAX_BATCH_STEPS} and be at least 1"
+            )
+        self._codecs = Codecs(dict(codecs or {}))
+        self._client = RequestClient(address, REPLIES)
+        self._stream = stream
+        self._batch_steps = batch_steps
+        self._max_pending = max_pending
+        self._block_s = block_s
+        self._resend_s = resend_s
+        self._queue: deque[_Batch] = deque()
+        self._schemas: dict[str, Schema] = {}
+        self._hold_until_s = 0.0
+        self._refusal: EmbodiedError | None = None
+        self._newest: dict[str, _Newest] = {}
+        self._ends: dict[tuple[str, int], int] = {}
+        self.unacknowledged = 0
+        self.num_resent = 0
+        self.last_error: EmbodiedError | None = None
+
+    def add(self, step: Step) -> None:
+        """Take a step and send what can be sent; waits only while max_pending are unacknowledged.
+
+        Raises SpecError or StepOrderError for a wrong step, and after block_s of waiting
+        LinkError or the service's own error; the step is not taken then.
+        """
+        schema = self._codecs.schema_of(step)
+        known = self._schemas.get(step.stream)
+        if known is not None and known is not schema:
+            known.check_same_arrays(schema, f"step {step.key}", f"stream '{step.stream}'")
+        self._check_order(step)
+        payload = encode_step(step, schema)
+        deadline = time.monotonic() + self._block_s
+        while self.unacknowledged >= self._max_pending:
+            self._wait(deadline, self._block_s)
+        self._schemas[step.stream] = schema
+        newest = self._newest.get(step.stream)
+        if newest is None or newest.episode != step.episode or newest.index < step.index:
+            self._newest[step.stream] = _Newest(step.episode, step.index, step.t_ns)
+        if step.final:
+            self._ends[step.stream, step.episode] = step.index
+        tail = self._queue[-1] if self._queue else None
+        full = tail is not None and (
+            len(tail.payloads) >= self._batch_steps
+            or tail.nbytes + len(payload) > _SOFT_BATCH_BYTES
+        )
+        if tail is None or tail.sealed or full or tail.schema is not schema:
+            tail = _Batch(schema)
+            self._queue.append(tail)
+        tail.payloads.append(payload)
+        tail.nbytes += len(payload)
+        self.unacknowledged += 1
+        self.pump()
+
+    def _check_order(self, step: Step) -> None:
+        end = self._ends.get((step.stream, step.episode))
+        if end is not None and step.index > end:
+            raise StepOrderError(
+                f"step {step.key} does not continue its episode, which the final observation at "
+                f"index {end} closed; it belongs to a new episode"
+            )
+        newest = self._newest.get(step.stream)
+        if newest is None or newest.episode != step.episode or step.index <= newest.index:
+            return
+        if step.index > newest.index + 1:
+            raise StepOrderError(
+                f"step {step.key} does not continue its episode, whose last step has index "
+                f"{newest.index}"
+            )
+        if step.t_ns < newest.t_ns:
+            raise StepOrderError(
+                f"step {step.key}: time goes backwards: t_ns is {step.t_ns}, of the step before "
+                f"it {newest.t_ns}"
+            )
+
+    def pump(self) -> None:
+        """Take in acknowledgements and send what can be sent, without waiting.
+
+        Raises the service's error if it refused a step for good, now and ever after.
+        """
+        for reply in self._client.receive_ready():
+            batch = next((b for b in self._queue if b.request == reply.id), None)
+            if batch is not None:
+                self._take_reply(batch, reply.header)
+        if self._refusal is not None:
+            raise self._refusal
+        now_s = time.monotonic()
+        flying = [batch for batch in self._queue if batch.request is not None]
+        if flying and now_s - flying[0].sent_s > self._resend_s:
+            self._rewind()
+            flying = []
+        if now_s >= self._hold_until_s:
+            self._send(len(flying), now_s)
+
+    def _take_reply(self, batch: _Batch, header: Any) -> None:
+        if isinstance(header, AppendReply):
+            self._queue.remove(batch)
+            self.unacknowledged -= len(batch.payloads)
+            self.last_error = None
+        elif isinstance(header, ErrorReply):
+            gap = header.kind == StepOrderError.__name__
+            error = StepOrderError(header.message) if gap else header.exception()
+            if header.kind in _TRANSIENT:
+                self.last_error = error
+                self._rewind()
+                self._hold_until_s = time.monotonic() + self._resend_s / 4
+            else:
+                self._refusal = error
+
+    def _rewind(self) -> None:
+        for batch in self._queue:
+            if batch.request is not None:
+                self._client.forget(batch.request)
+                batch.request = None
+                self.num_resent += 1
+
+    def _send(self, num_flying: int, now_s: float) -> None:
+        for batch in self._queue:
+            if num_flying >= _WINDOW:
+                return
+            if batch.request is not None:
+                continue
+            # While others are under way, a batch that could still grow waits for their answer.
+            if num_flying and batch is self._queue[-1] and not batch.sealed:
+                full = len(batch.payloads) >= self._batch_steps
+                if not full and batch.nbytes < _SOFT_BATCH_BYTES:
+                    return
+            arrays = {
+                "payloads": np.frombuffer(b"".join(batch.payloads), np.uint8),
+                "lengths": np.array([len(payload) for payload in batch.payloads], np.uint32),
+            }
+            request = AppendRequest(encode_schema(batch.schema))
+            batch.request = self._client.send(request, arrays)
+            if batch.request is None:
+                return
+            batch.sealed, batch.sent_s = True, now_s
+            num_flying += 1
+
+    def _wait(self, deadline: float, timeout_s: float) -> None:
+        self.pump()
+        remaining_s = deadline - time.monotonic()
+        if remaining_s > 0:
+            self._client.wait(min(remaining_s, _POLL_S))
+            return
+        if self.last_error is not None:
+            raise self.last_error
+        raise LinkError(
+            f"{self.unacknowledged} steps were not acknowledged by {self._client.address} within "
+            f"{timeout_s:g} s; they are kept. Is the buffer service running?"
+        )
+
+    def flush(self, timeout_s: float = 10.0) -> None:
+        """Return when all steps are durable; LinkError, or why the service refuses, if not."""
+        deadline = time.monotonic() + timeout_s
+        while self.unacknowledged:
+            self._wait(deadline, timeout_s)
+
+    def next_episode(self, stream: str | None = None, timeout_s: float = 10.0) -> int:
+        """Smallest number above all episodes of the stream (None: the client's own), those not
+        yet sent included. Raises LinkError."""
+        stream = self._stream if stream is None else stream
+        reply = self._ask(EpisodeRequest(stream), EpisodeReply, timeout_s)
+        newest = self._newest.get(stream)
+        return max(reply.episode, newest.episode + 1 if newest else 0)
+
+    def stats(self, timeout_s: float = 10.0) -> StatsReply:
+        """What the service's buffer holds. Raises LinkError."""
+        return self._ask(StatsRequest(), StatsReply, timeout_s)
+
+    def _ask(self, request: msgspec.Struct, expected: type[_T], timeout_s: float) -> _T:
+        header, _ = self._client.request(request, {}, timeout_s)
+        if not isinstance(header, expected):
+            raise LinkError(f"the buffer service answered with {type(header).__name__}")
+        return header
+
+    def close(self) -> None:
+        """Close the link; unacknowledged steps are given up: flush before."""
+        self._client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
