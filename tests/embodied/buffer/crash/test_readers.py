@@ -195,7 +195,7 @@ def serving(path, address):
 
 
 def test_two_clients_of_one_stream(ram_path):
-    """Each episode has one author: then both may write to the stream."""
+    """Each is given numbers of its own."""
     address, rng, known = f"ipc://{ram_path}/s", random.Random(0), {}
     with (
         serving(ram_path / "log", address),
@@ -203,9 +203,9 @@ def test_two_clients_of_one_stream(ram_path):
         BufferClient(address, "a", batch_steps=4) as two,
     ):
         for turn in range(12):
-            first = one.next_episode()
-            assert turn == 0 or first == two.next_episode()
-            queues = {one: make_episode("a", first, 7, 0), two: make_episode("a", first + 1, 5, 0)}
+            first, second = one.next_episode(), two.next_episode()
+            assert (first, second) == (2 * turn, 2 * turn + 1)
+            queues = {one: make_episode("a", first, 7, 0), two: make_episode("a", second, 5, 0)}
             while any(queues.values()):
                 client = rng.choice([client for client, queue in queues.items() if queue])
                 step = queues[client].pop(0)
