@@ -54,5 +54,5 @@ def test_images(ram_path, report):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_many_images(ram_path, report):
-    for seed in range(1, 6):
+    for seed in range(1, 3):
         run(ram_path, 500, report, 1000 * seed)
