@@ -19,7 +19,6 @@ from benchmarks.buffer.measure import Options, Row, rate_of, ratio, spread, take
 _RECORDS = {84: 6400, 224: 1600}
 _TARGETS = {84: 0.40, 224: 0.35}
 _TIMES = {TorchRL: 4.0, LeRobot: 10.0}
-_WARM_BATCHES = 60
 
 
 def run(options: Options) -> list[Row]:
@@ -40,8 +39,7 @@ def _side(options: Options, side: int) -> list[Row]:
                 folder = "ours" if issubclass(kind, Ours) else kind.__name__
                 contenders[kind.name] = kind(root / folder, Source(side), count)
         for contender in contenders.values():
-            for _ in range(_WARM_BATCHES):
-                contender.read()
+            rate_of(contender.read, 4 * options.seconds)
         turns = {
             name: lambda read=contender.read: rate_of(read, options.seconds)
             for name, contender in contenders.items()

@@ -102,6 +102,7 @@ def test_two_runs_get_one_gpu_each_and_a_third_is_told_who_holds_them(start):
     assert gpu0 not in pooled() or not pooled()[gpu0].holder
 
 
+@pytest.mark.slow
 def test_a_lease_outlives_the_run_that_offered_the_gpus(start):
     first, gpu0, _ = start("run1/learner")
     _, gpu1, _ = start("run2/learner")
@@ -116,6 +117,7 @@ def test_a_lease_outlives_the_run_that_offered_the_gpus(start):
         assert third.id == gpu0, "the killed run's lease ended by itself"
 
 
+@pytest.mark.slow
 def test_what_is_offered_stays_usable_and_goes_when_nobody_needs_it(smi):
     closing = threading.Event()
     with Pool(pool_path()) as pool:

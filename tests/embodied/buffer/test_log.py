@@ -104,6 +104,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_points_loses_nothing_acknowledged(tmp_path):
     largest = 60_000
     acknowledged = -1

@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embodied.buffer.steps.records import decode_header, decode_step, encode_step
-from embodied.buffer.steps.schema import Codecs, Feature, Schema, decode_schema, encode_schema
+from embodied.buffer.steps.schema import (
+    RESERVED,
+    Codecs,
+    Feature,
+    Schema,
+    decode_schema,
+    encode_schema,
+)
 from embodied.comms.codec import DTYPES
 from embodied.core.episodes import Step
 from embodied.core.errors import CorruptDataError, SpecError
@@ -32,10 +39,10 @@ def assert_equal_steps(a, b):
 
 @given(
     arrays=st.dictionaries(
-        st.text(min_size=1, max_size=5),
+        st.text(min_size=1, max_size=5).filter(lambda n: n[0] != "." and n not in RESERVED),
         st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 3), max_size=3)),
         max_size=4,
-    ).filter(lambda d: not d.keys() & {"action"}),
+    ),
     flags=st.lists(st.booleans(), min_size=6, max_size=6),
     reward=st.floats(allow_nan=False, allow_infinity=False, width=32),
     index=st.integers(0, 1 << 24).filter(lambda i: i < 1 << 24),

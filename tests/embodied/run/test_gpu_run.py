@@ -71,6 +71,7 @@ def test_a_configuration_that_contradicts_itself_is_refused(overrides, match):
         load_train([*CUDA, *overrides])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the learner must not find a GPU here")
 def test_the_learners_process_is_told_its_gpu_and_the_lease_ends_with_the_run(smi, tmp_path):
     run = tmp_path / "run"

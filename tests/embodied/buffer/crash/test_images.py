@@ -48,11 +48,11 @@ def run(path, count, report, seed=0):
 
 
 def test_images(ram_path, report):
-    run(ram_path, 250, report)
+    run(ram_path, 120, report)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_many_images(ram_path, report):
-    for seed in range(1, 3):
+    for seed in range(1, 4):
         run(ram_path, 500, report, 1000 * seed)
