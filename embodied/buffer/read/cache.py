@@ -82,6 +82,7 @@ class SegmentCache:
         self._next_base = 0
         self._resident = np.zeros(1024, np.bool_)
         self._visited = np.zeros(1024, np.bool_)
+        self._asked = np.zeros(1024, np.bool_)
         self._ring: deque[tuple[int, int]] = deque()
         self._distrust = 0
         self._next_distrust = 64
@@ -103,6 +104,7 @@ class SegmentCache:
             size = max(self._next_base, 2 * len(self._resident))
             self._resident = _grown(self._resident, size)
             self._visited = _grown(self._visited, size)
+            self._asked = _grown(self._asked, size)
 
     def close(self, number: int) -> None:
         """Unmap a segment if it is mapped."""
@@ -128,7 +130,8 @@ class SegmentCache:
         return self._maps[number].view
 
     @property
-    def _bounded(self) -> bool:
+    def bounded(self) -> bool:
+        """Whether the segments are larger than the budget, so that use must be counted."""
         return self._total > self.budget_bytes
 
     def request(
@@ -143,8 +146,10 @@ class SegmentCache:
         if self._distrust > 0:
             self._distrust -= 1
             known = np.zeros_like(known)
-        if self._bounded:
-            known = known & self._touch(segments, starts, ends)
+        if self.bounded:
+            first, last = self._windows(segments, starts, ends)
+            known = known & self._expected(first, last)
+            _set_all(self._asked, first[~known], last[~known])
         missing = np.flatnonzero(~known)
         self.stats.hits += len(known) - len(missing)
         self.stats.misses += len(missing)
@@ -160,32 +165,40 @@ class SegmentCache:
             self._maps[number].advise(will_need, start, end)
             self.stats.read_bytes += end - start
 
-    def _touch(self, segments: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """Count windows as in memory; returns whether each stretch already was [n]."""
+    def _windows(
+        self, segments: np.ndarray, starts: np.ndarray, ends: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """First and last window of each stretch [n]."""
         base = np.empty(len(segments), np.int64)
         for number in np.unique(segments).tolist():
             mapped = self._maps[number]
-            mask = segments == number
-            base[mask] = (mapped.base << _WINDOW_BITS) + mapped.shift
-        first, last = (base + starts) >> _WINDOW_BITS, (base + ends - 1) >> _WINDOW_BITS
-        found = np.ones(len(segments), np.bool_)
+            base[segments == number] = (mapped.base << _WINDOW_BITS) + mapped.shift
+        return (base + starts) >> _WINDOW_BITS, (base + ends - 1) >> _WINDOW_BITS
+
+    def _expected(self, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """Whether each stretch is in memory, or has been asked for [n]."""
+        found = np.ones(len(first), np.bool_)
         for step in range(int((last - first).max(initial=0)) + 1):
-            found &= self._resident[np.minimum(first + step, last)]
-        self._visited[first[found]] = True
-        self._visited[last[found]] = True
-        for i in np.flatnonzero(~found).tolist():
+            window = np.minimum(first + step, last)
+            found &= self._resident[window] | self._asked[window]
+        return found
+
+    def touch(self, segments: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> None:
+        """Count stretches [n] as in memory, because they are about to be read, and give others
+        back until the budget holds again."""
+        first, last = self._windows(segments, starts, ends)
+        for i in np.flatnonzero(~_all_set(self._resident, first, last)).tolist():
             number = int(segments[i])
             for window in range(int(first[i]), int(last[i]) + 1):
                 if not self._resident[window]:
                     self._resident[window] = True
                     self._ring.append((number, window))
                     self.stats.resident_bytes += _WINDOW
-        return found
+        _set_all(self._visited, first, last)
+        _set_all(self._asked, first, last, value=False)
+        self._evict()
 
-    def evict(self) -> None:
-        """Give windows back until the budget holds again."""
-        if not self._bounded:
-            return
+    def _evict(self) -> None:
         while self.stats.resident_bytes > self.budget_bytes and self._ring:
             number, window = self._ring.popleft()
             mapped = self._maps.get(number)
@@ -227,3 +240,16 @@ def _grown(array: np.ndarray, size: int) -> np.ndarray:
     grown = np.zeros(size, array.dtype)
     grown[: len(array)] = array
     return grown
+
+
+def _all_set(bits: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Whether all bits of each range, its last one included, are set [n]."""
+    found = np.ones(len(first), np.bool_)
+    for step in range(int((last - first).max(initial=0)) + 1):
+        found &= bits[np.minimum(first + step, last)]
+    return found
+
+
+def _set_all(bits: np.ndarray, first: np.ndarray, last: np.ndarray, *, value: bool = True) -> None:
+    for step in range(int((last - first).max(initial=0)) + 1):
+        bits[np.minimum(first + step, last)] = value

@@ -12,6 +12,8 @@ from embodied.buffer.steps.schema import Feature
 from embodied.comms.codec import DTYPES
 from embodied.core.errors import ConfigError, CorruptDataError, SpecError
 
+_PORTIONS = 8
+
 
 class DamagedRowsError(CorruptDataError):
     """Records that were asked for are damaged. Their episodes are removed then: draw again.
@@ -88,10 +90,22 @@ class RecordGather:
                 array.reshape(-1, *values.shape[1:])[where] = values
         if large:
             places = range(len(slots)) if where is None else where.tolist()
-            self.request(table, slots, frozenset(large))
-            self._verify(table, slots)
-            self._fill_large(table, slots, places, large)
-            self._cache.evict()
+            names = frozenset(large)
+            self.request(table, slots, names)
+            for part in self._portions(table, slots):
+                if self._cache.bounded:
+                    starts, stops = table.stretches(slots[part], names)
+                    self._cache.touch(table.segment[slots[part]], starts, stops)
+                self._verify(table, slots[part])
+                self._fill_large(table, slots[part], places[part], large)
+
+    def _portions(self, table: Table, slots: np.ndarray) -> list[slice]:
+        """The rows in portions, of which each fits into the budget several times."""
+        if not self._cache.bounded:
+            return [slice(0, len(slots))]
+        record = int((table.ends(slots) - table.columns[".record"][slots]).max(initial=1))
+        step = max(1, self._cache.budget_bytes // _PORTIONS // record)
+        return [slice(first, first + step) for first in range(0, len(slots), step)]
 
     def request(self, table: Table, slots: np.ndarray, names: frozenset[str]) -> None:
         """Begin to read these large features where they are not in memory."""

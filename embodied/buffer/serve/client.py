@@ -212,10 +212,11 @@ class BufferClient:
             num_flying += 1
 
     def _wait(self, deadline: float, timeout_s: float) -> None:
-        self.pump()
+        """Wait for the service to say something, and take it in."""
         remaining_s = deadline - time.monotonic()
         if remaining_s > 0:
             self._client.wait(min(remaining_s, _POLL_S))
+            self.pump()
             return
         if self.last_error is not None:
             raise self.last_error
@@ -227,6 +228,7 @@ class BufferClient:
     def flush(self, timeout_s: float = 10.0) -> None:
         """Return when all steps are durable; LinkError, or why the service refuses, if not."""
         deadline = time.monotonic() + timeout_s
+        self.pump()
         while self.unacknowledged:
             self._wait(deadline, timeout_s)
 
