@@ -1,5 +1,6 @@
 # make demo   set-up from nothing, then two simulated robots learn a task (about 5 minutes)
 # make test   set-up from nothing, then the tests
+# make test-slow, make test-benchmarks   the long tests; each long measurement in small
 # make check  format, lint, types, layers
 # make lock   renew requirements.lock after a change of pyproject.toml
 # make clean  remove everything that these made, the runs excepted
@@ -9,9 +10,11 @@ UV_VERSION := 0.13.0
 BIN := .venv/bin
 SETUP := .venv/.setup
 TOOLS := .setup/bin
+FAST := not slow and not gpu and not hw
+SLOW := slow and not gpu and not hw
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-slow check format lock clean
+.PHONY: setup demo test test-slow test-benchmarks check format lock clean
 
 setup: $(SETUP)
 
@@ -19,10 +22,16 @@ demo: $(SETUP)
 	$(BIN)/embodied train experiment=demo
 
 test: $(SETUP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 -m '$(FAST) and not alone'
+	$(BIN)/python -m pytest -m '$(FAST) and alone'
 
 test-slow: $(SETUP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 -m '$(SLOW) and not alone' --ignore=tests/benchmarks
+	$(BIN)/python -m pytest -m '$(SLOW) and alone' --ignore=tests/benchmarks --ignore=tests/hal --ignore=tests/sim
+	$(BIN)/python -m pytest -m '$(SLOW) and alone' tests/hal tests/sim
+
+test-benchmarks: $(SETUP)
+	$(BIN)/python -m pytest -m '$(SLOW)' tests/benchmarks
 
 check: $(SETUP)
 	$(BIN)/ruff format --check .
@@ -43,7 +52,7 @@ $(TOOLS)/uv:
 $(SETUP): requirements.lock pyproject.toml | $(TOOLS)/uv
 	test -x $(BIN)/python || $(TOOLS)/uv venv -q --python $(PYTHON) .venv
 	$(TOOLS)/uv pip sync -q --python $(BIN)/python --require-hashes requirements.lock
-	$(TOOLS)/uv pip install -q --python $(BIN)/python --no-deps --editable .
+	$(TOOLS)/uv pip install -q --python $(BIN)/python --no-deps --compile-bytecode --editable .
 	$(BIN)/python -m sim.rendering
 	touch $(SETUP)
 

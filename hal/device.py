@@ -263,7 +263,7 @@ class Device:
         if self._monitor.lost:
             raise DeviceLostError(f"{self._info.id} is lost: {self._monitor.lost}")
         if self._open is None:
-            raise EmbodiedError(f"{self._info.id} is not open: call open() first")
+            raise DeviceLostError(f"{self._info.id} is not open: call open() first")
         return self._open
 
     def _connect(self, tick: int) -> None:

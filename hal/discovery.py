@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from embodied.core import registry
+from hal.listing import DeviceRow, devices_of_hosts
 from hal.pool.leases import DeviceRecord, DeviceStatus
 from hal.pool.pool import Pool
 from hal.pool.state import pool_path
@@ -15,33 +16,10 @@ from hal.pool.state import pool_path
 _TIMEOUT_S = 10.0
 
 
-class DeviceRow(msgspec.Struct, frozen=True):
-    """One line of the device table.
-
-    holder: who has leased it. rate_hz: ticks per second achieved, of tick_hz meant. load: share
-    of the rated one (of a GPU: of its time). detail: anything else worth knowing.
-    """
-
-    id: str
-    kind: str
-    host: str
-    health: str
-    reason: str = ""
-    holder: str = ""
-    rate_hz: float = 0.0
-    tick_hz: float = 0.0
-    load: float | None = None
-    temperature_c: float | None = None
-    detail: str = ""
-
-
 def devices() -> list[DeviceRow]:
-    """Every device in this host's pool, and what could be one: simulators, serial ports, cameras.
-
-    Every host whose agent shares the pool is in it; what is found by looking is on this one.
-    """
-    with Pool(pool_path()) as pool:
-        rows = [_pooled(status) for status in pool.devices()]
+    """Every device in this host's pool, and what could be one: simulators, serial ports, cameras;
+    then the devices of hosts that joined a run here, which only those hosts lease."""
+    rows = own_devices()
     known = {row.id for row in rows}
     host = socket.gethostname()
     for name in registry.names("enumerators"):
@@ -52,7 +30,13 @@ def devices() -> list[DeviceRow]:
                 health = "absent" if fault else "ready"
                 detail = str(row.get("detail", ""))
                 rows.append(DeviceRow(row["id"], row["kind"], host, health, fault, detail=detail))
-    return rows
+    return rows + devices_of_hosts()
+
+
+def own_devices() -> list[DeviceRow]:
+    """The devices of this host's pool alone: what it tells to others."""
+    with Pool(pool_path()) as pool:
+        return [_pooled(status) for status in pool.devices()]
 
 
 def _pooled(status: DeviceStatus) -> DeviceRow:

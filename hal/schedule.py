@@ -53,6 +53,14 @@ class ChunkSchedule:
         committed = self._actions_HD[max(0, first) : first + self.delay]
         return committed if first >= 0 and len(committed) == self.delay else None
 
+    def time_left_s(self, tick: int, horizon: int, n_action_steps: int) -> tuple[float, float]:
+        """For a decision at `tick`: how long committed actions still play, and after how long its
+        chunk would be of no use: while it leaves half of it, or n_action_steps, it is."""
+        known = 0 if self._actions_HD is None else len(self._actions_HD)
+        committed = max(0, self._start_tick + known - tick)
+        useful = max(horizon - n_action_steps, horizon // 2, 1)
+        return committed / self._tick_hz, useful / self._tick_hz
+
     def accepted(self, first_tick: int, actions_HD: np.ndarray) -> None:
         """What the device took of the last chunk: this is what will play."""
         self._start_tick, self._actions_HD = first_tick, actions_HD

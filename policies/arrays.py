@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from embodied.core.errors import SpecError
 from embodied.core.specs import ArraySpec
 
 
@@ -23,3 +24,19 @@ def without_padding(action_BHD: torch.Tensor, pad_BH: torch.Tensor) -> torch.Ten
     index_BH = torch.where(last_BH < 0, first_B1, last_BH)
     filled_BHD = action_BHD.gather(1, index_BH[..., None].expand_as(action_BHD))
     return filled_BHD.masked_fill(pad_BH.all(dim=1)[:, None, None], 0.0)
+
+
+def put_prefix(actions_BHD: np.ndarray, prefix_BdD: np.ndarray) -> None:
+    """Write committed actions over the head of the chunks; SpecError if they do not fit there."""
+    batch, horizon, dim = actions_BHD.shape
+    shape = actions_BHD[:, : prefix_BdD.shape[1]].shape if prefix_BdD.ndim == 3 else ()
+    if prefix_BdD.shape != shape or not prefix_BdD.size:
+        wanted = (batch, f"1..{horizon}", dim)
+        raise SpecError(f"prefix has shape {prefix_BdD.shape}; {wanted} is right")
+    actions_BHD[:, : prefix_BdD.shape[1]] = prefix_BdD
+
+
+def shifted(chunk_BHD: np.ndarray, executed: int) -> np.ndarray:
+    """What a chunk says of the H ticks that begin s ticks later; its last action is repeated."""
+    rest_BHD = np.repeat(chunk_BHD[:, -1:], executed, axis=1)
+    return np.concatenate([chunk_BHD[:, executed:], rest_BHD], axis=1)

@@ -3,98 +3,118 @@
 Shapes: B batch, T history, H chunk, D action, C conditioning, n samples per row.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
-import msgspec
 import numpy as np
 import torch
 from torch import nn
 
 from embodied.core.config import component
-from embodied.core.errors import ConfigError, CorruptDataError, SpecError
-from embodied.core.protocols import Prediction
-from embodied.core.registry import unknown
+from embodied.core.errors import SpecError
+from embodied.core.protocols import Carry, Prediction
 from embodied.core.specs import PolicySpec
 from policies import noise
-from policies.arrays import float32_bounds, without_padding
-from policies.normalizer import FeatureStats, LinearNormalizer, is_image
+from policies.acting import RtcConfig, WarmStartConfig
+from policies.arrays import put_prefix, shifted
+from policies.chunk import ChunkPolicy, valid_mean
+from policies.configs import PolicyConfig
+from policies.conversions import Scalar
+from policies.guidance import Goal, check_delay, guided, soft_mask
+from policies.networks.stages import Cond, prepare
+from policies.noise import Generators
+from policies.reading import Array
+from policies.solvers.base import Denoise, Solver
 
-Count = Annotated[int, msgspec.Meta(ge=1, le=4096)]
-Array = np.ndarray | torch.Tensor
-Generators = torch.Generator | list[torch.Generator] | None
-
-
-class PolicyConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Options that every generative policy has.
-
-    network: a registered network's name and its options. n_obs_steps: To. horizon: H.
-    n_action_steps: how many of those are executed. action_normalization: "spec" maps the device's
-    limits to [−1, 1], the others use the data.
-    """
-
-    network: dict[str, Any] = msgspec.field(default_factory=lambda: {"name": "mlp"})
-    n_obs_steps: Count = 2
-    horizon: Count = 16
-    n_action_steps: Count = 8
-    observation_normalization: Literal["limits", "gaussian"] = "limits"
-    action_normalization: Literal["spec", "limits", "gaussian"] = "spec"
+PREPARED_ROWS = 64
 
 
 C = TypeVar("C", bound=PolicyConfig)
 
 
-class GenerativePolicy(nn.Module, ABC, Generic[C]):
+class GenerativePolicy(ChunkPolicy[C]):
     """Observation histories → conditioning → chunks, by a network that denoises.
 
-    A subclass says how chunks are sampled (`integrate`), what the network is trained on
-    (`objective`) and how its output is named (`denoise`).
+    A subclass says what the network is trained on (`objective`), how its output is named
+    (`denoise`) and by which solver chunks are sampled, unless it is given another.
     """
 
-    name: ClassVar[str]
-    """The name under which the class is registered; checkpoints carry it."""
+    solver: Solver
+    """What a subclass sets, and anyone may replace: it runs any denoiser."""
 
-    stochastic = False
-    """Whether `integrate` draws noise after the start."""
+    rtc = RtcConfig()
+    """How a chunk goes on from committed actions."""
 
-    low_D: torch.Tensor
-    high_D: torch.Tensor
+    warm_start: WarmStartConfig | None = None
+    """Where the solver begins if the chunk before is known; None always begins from noise."""
+
+    extra_dim = 0
+    """What a subclass adds to the network's conditioning."""
+
+    ahead = False
+    """Whether what needs no noisy chunk is worked out for all steps at once: faster, but the last
+    bits of a row then depend on how many rows and steps there are."""
 
     def __init__(self, spec: PolicySpec, config: C) -> None:
-        """Identity observation normalisers until `set_statistics` or a checkpoint sets them."""
-        super().__init__()
-        if len(spec.action.shape) != 1:
-            raise ConfigError(f"action has shape {spec.action.shape}; policies need one axis")
-        if not spec.observation:
-            raise ConfigError("a policy needs at least one observation key")
-        for key, array in spec.observation.items():
-            if is_image(key, array):
-                raise ConfigError(
-                    f"'{key}' is an image; image observations come with the image encoders, "
-                    "until then choose keys such as observation.state"
-                )
-        self.spec = spec
-        self.config = config
-        # Module names may hold no dots, keys do: normalisers are kept in the spec's order.
-        self._observation = nn.ModuleList(
-            LinearNormalizer(array.shape) for array in spec.observation.values()
-        )
-        self._action = LinearNormalizer(spec.action.shape)
-        if config.action_normalization == "spec":
-            self._action.set_bounds(spec.action, "action")
-        for name, bound in zip(("low_D", "high_D"), float32_bounds(spec.action), strict=True):
-            self.register_buffer(name, torch.as_tensor(bound), persistent=False)
-        cond_dim = spec.n_obs_steps * sum(array.size for array in spec.observation.values())
+        """See ChunkPolicy."""
+        super().__init__(spec, config)
         network, options = component("networks", config.network, "policy.network")
-        self.network: nn.Module = network(options, spec.action.size, spec.horizon, cond_dim)
-        self._training_rng = torch.Generator("cpu")
+        dim = self.encoder.dim + self.extra_dim
+        self.network: nn.Module = network(options, spec.action.size, spec.horizon, dim)
+
+    def integrate(
+        self,
+        x_BHD: torch.Tensor,
+        cond_BC: torch.Tensor,
+        generators: Generators,
+        *,
+        start: int = 0,
+        goal: Goal | None = None,
+    ) -> torch.Tensor:
+        """Carry noise to normalised actions, both [B, H, D].
+
+        x_BHD: standard normal, or noisy as where the solver's step `start` begins. goal: what
+        guides it, by `self.rtc`.
+        """
+        denoise = self.stepping(cond_BC, self.solver)
+        if goal is not None:
+            levels, clip = self.solver.log_snrs, self.solver.clip
+            denoise = guided(denoise, goal, self.rtc, clip=clip, levels=levels)
+        return self.solver(denoise, x_BHD, generators, start=start)
+
+    def stepping(self, cond_BC: torch.Tensor, solver: Solver) -> Denoise:
+        """What a solver asks in its steps, the conditioning prepared for them."""
+        cond = self.prepare(cond_BC, solver.log_snrs)
+
+        def denoise(x_BHD: torch.Tensor, log_snr: float) -> Prediction:
+            return self.denoise(x_BHD, log_snr, cond)
+
+        return denoise
+
+    def prepare(self, cond_BC: torch.Tensor, log_snrs: Sequence[float]) -> Cond:
+        """The conditioning, with the work at these levels done that needs no noisy chunk.
+
+        `denoise` takes it in the conditioning's place. Nothing is done beyond 64 rows: there it
+        saves no time, and the memory grows with rows × levels.
+        """
+        if not self.ahead or len(cond_BC) > PREPARED_ROWS:
+            return cond_BC
+        times = dict.fromkeys(self.time_of(log_snr) for log_snr in log_snrs)
+        return prepare(self.network, cond_BC, tuple(times))
 
     @abstractmethod
-    def integrate(
-        self, x_BHD: torch.Tensor, cond_BC: torch.Tensor, generators: Generators
-    ) -> torch.Tensor:
-        """Carry standard normal noise to normalised actions, both [B, H, D]."""
+    def make_solver(self, num_steps: int | None = None) -> Solver:
+        """The configured solver, with another number of steps if it is given."""
+
+    @property
+    def score_solver(self) -> Solver:
+        """What brings its `denoise` to a chunk in a composition: its own solver."""
+        return self.solver
+
+    def time_of(self, log_snr: Any) -> Any:
+        """What the network is told in the place of a log-SNR, in its shape (float or [B])."""
+        return log_snr
 
     @abstractmethod
     def objective(
@@ -103,54 +123,48 @@ class GenerativePolicy(nn.Module, ABC, Generic[C]):
         """Squared error [B, H, D] of the network's prediction, for normalised actions."""
 
     @abstractmethod
-    def denoise(self, x_t: torch.Tensor, log_snr: torch.Tensor, cond: torch.Tensor) -> Prediction:
-        """Prediction at normalised x_t [B, H, D] = √ᾱ x₀ + √(1−ᾱ) ε, log_snr [B], cond [B, C]."""
+    def denoise(self, x_t: torch.Tensor, log_snr: Scalar, cond: Cond) -> Prediction:
+        """Prediction at normalised x_t [B, H, D] = √ᾱ x₀ + √(1−ᾱ) ε, cond [B, C].
 
-    def set_statistics(self, stats: Mapping[str, FeatureStats]) -> None:
-        """Fit the normalisers to a data set's statistics; ConfigError if a key lacks them."""
-        wanted: list[tuple[str, Any, Any]] = [
-            (key, module, self.config.observation_normalization)
-            for key, module in zip(self.spec.observation, self._observation, strict=True)
-        ]
-        if self.config.action_normalization != "spec":
-            wanted.append(("action", self._action, self.config.action_normalization))
-        for key, normalizer, mode in wanted:
-            if key not in stats:
-                raise unknown("statistics key", key, stats)
-            normalizer.set_statistics(stats[key], mode, key)
+        log_snr: [B], or a float for all rows, which is faster.
+        """
 
-    def init(self, batch: int) -> None:
-        """These policies carry no state between decisions."""
-        return None
+    def init(self, batch: int) -> Carry:
+        """No chunk is known yet."""
+        shape = (batch, self.spec.horizon, self.spec.action.size)
+        return {"chunk": np.zeros(shape, np.float32), "known": np.zeros(batch, bool)}
 
     @torch.no_grad()
     def act(
         self,
-        carry: None,
+        carry: Carry | None,
         obs: Mapping[str, np.ndarray],
         *,
         prefix: np.ndarray | None = None,
         seed: np.ndarray,
-    ) -> tuple[None, np.ndarray]:
+    ) -> tuple[Carry, np.ndarray]:
         """Chunks [B, H, D] float32 in device units and within the action's bounds.
 
         obs: [B, To, …] in device units, exactly the spec's keys. seed: integers [B]; a row's noise
-        depends on its own seed alone. prefix [B, d, D]: actions that are committed already and
-        stand at the head of the chunk; the rest is not yet guided by them. Raises SpecError for
-        one that is longer than the chunk or of another shape.
+        depends on its own seed alone. prefix [B, d, D]: actions that are committed already; they
+        stand at the head of the chunk, and what follows goes on from them as `rtc` says. carry:
+        the chunks before, decided n_action_steps ticks ago; None for rows that have none.
+        SpecError for a prefix of another shape, or with d > H − n_action_steps, and if an action is
+        not finite.
         """
         cond_BC = self.encode(obs)
-        seeds = noise.check_seeds(seed, cond_BC.shape[0])
+        seeds = noise.check_seeds(seed, len(cond_BC))
         start_BHD = noise.start_noise(seeds, self.spec.horizon, self.spec.action.size)
-        generators = noise.step_generators(seeds) if self.stochastic else None
-        actions_BHD = self._decide(start_BHD, cond_BC, generators).cpu().numpy()
+        generators = noise.step_generators(seeds) if self.solver.stochastic else None
+        carry = self.init(len(seeds)) if carry is None else carry
+        goal = None if prefix is None else self._goal(prefix, carry)
+        x_BHD = self._solve(start_BHD.to(self.low_D), cond_BC, generators, goal, carry)
+        if not torch.isfinite(x_BHD).all():
+            raise SpecError(f"the {self.name} policy decided on actions that are not finite")
+        actions_BHD = self._actions(x_BHD).cpu().numpy()
         if prefix is not None:
-            wanted = (len(actions_BHD), f"1..{self.spec.horizon}", *self.spec.action.shape)
-            shape = actions_BHD[:, : prefix.shape[1]].shape if prefix.ndim == 3 else ()
-            if prefix.shape != shape or not prefix.size:
-                raise SpecError(f"prefix has shape {prefix.shape}; {wanted} is right")
-            actions_BHD[:, : prefix.shape[1]] = prefix
-        return None, actions_BHD
+            put_prefix(actions_BHD, prefix)
+        return {"chunk": actions_BHD.copy(), "known": np.ones(len(seeds), bool)}, actions_BHD
 
     @torch.no_grad()
     def sample(self, obs: Mapping[str, Array], n: int, *, seed: int) -> torch.Tensor:
@@ -158,18 +172,9 @@ class GenerativePolicy(nn.Module, ABC, Generic[C]):
         cond_BC = self.encode(obs).repeat_interleave(n, dim=0)
         rng = torch.Generator("cpu").manual_seed(seed % 2**63)
         shape = (self.spec.horizon, self.spec.action.size)
-        start_BHD = torch.randn((cond_BC.shape[0], *shape), generator=rng)
-        return self._decide(start_BHD, cond_BC, rng).unflatten(0, (-1, n))
-
-    def encode(self, obs: Mapping[str, Array]) -> torch.Tensor:
-        """Conditioning [B, C] from observations [B, To, …] in device units.
-
-        Raises SpecError for a missing or unknown key, a wrong shape, or a value that is not finite.
-        """
-        for key in obs:
-            if key not in self.spec.observation:
-                raise SpecError(str(unknown("observation key", key, self.spec.observation)))
-        return self._condition(obs)
+        start_BHD = torch.randn((len(cond_BC), *shape), generator=rng)
+        x_BHD = self.integrate(start_BHD.to(self.low_D), cond_BC, rng)
+        return self._actions(x_BHD).unflatten(0, (-1, n))
 
     def loss(self, batch: Mapping[str, Array]) -> tuple[torch.Tensor, dict[str, float]]:
         """Cloning loss: the mean of the objective over all steps that are not padding.
@@ -178,67 +183,56 @@ class GenerativePolicy(nn.Module, ABC, Generic[C]):
         action_is_pad [B, H] bool; other keys are left alone. Values at padded steps have no
         influence. Noise comes from the generator that `seed_training` seeds.
         """
-        cond_BC = self._condition(batch)
-        shape = (cond_BC.shape[0], self.spec.horizon, self.spec.action.size)
-        action_BHD = self._read(batch, "action", shape)
-        pad_BH = self._read(batch, "action_is_pad", shape[:2]).bool()
-        clean_BHD = self._action.normalize(without_padding(action_BHD, pad_BH))
-        error_BHD = self.objective(clean_BHD, cond_BC, self._training_rng)
-        valid_BH1 = (~pad_BH)[..., None]
-        n_valid = valid_BH1.sum().clamp(min=1) * self.spec.action.size
-        loss = torch.where(valid_BH1, error_BHD, 0.0).sum() / n_valid
+        cond_BC = self._condition(batch, self._training_rng)
+        clean_BHD, pad_BH = self._labels(batch, len(cond_BC))
+        loss = valid_mean(self.objective(clean_BHD, cond_BC, self._training_rng), pad_BH)
         return loss, {"loss": loss.item()}
 
-    def seed_training(self, seed: int) -> None:
-        """Start the stream of noise that `loss` draws from."""
-        self._training_rng.manual_seed(seed % 2**63)
+    def _normalized(self, chunk_BHD: np.ndarray) -> torch.Tensor:
+        return self._action.normalize(torch.from_numpy(chunk_BHD).to(self.device))
 
-    def training_rng_state(self) -> torch.Tensor:
-        """State of that stream, uint8 [n]."""
-        return self._training_rng.get_state()
+    def _goal(self, prefix: np.ndarray, carry: Carry) -> Goal | None:
+        """Y: the committed actions, then what the chunk before says; W: soft where that is known.
 
-    def set_training_rng_state(self, state: torch.Tensor) -> None:
-        """Continue from `training_rng_state`; CorruptDataError if it is no such state."""
-        try:
-            self._training_rng.set_state(state)
-        except (RuntimeError, TypeError) as error:
-            raise CorruptDataError(f"not a state of the training noise: {error}") from error
+        None if nothing is to guide.
+        """
+        horizon, executed = self.spec.horizon, self.spec.n_action_steps
+        wanted_BHD = shifted(carry["chunk"], executed)
+        put_prefix(wanted_BHD, prefix)
+        committed = prefix.shape[1]
+        check_delay(horizon, executed, committed)
+        if self.rtc.mode == "copy":
+            return None
+        masks = [
+            soft_mask(horizon, executed, committed, self.rtc.schedule if known else "hard")
+            for known in carry["known"]
+        ]
+        weight_BH1 = torch.stack(masks)[..., None].to(self.low_D)
+        return Goal(self._normalized(wanted_BHD), weight_BH1)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the policy computes."""
-        return self.low_D.device
-
-    def _decide(
-        self, start_BHD: torch.Tensor, cond_BC: torch.Tensor, generators: Generators
+    def _solve(
+        self,
+        noise_BHD: torch.Tensor,
+        cond_BC: torch.Tensor,
+        generators: Generators,
+        goal: Goal | None,
+        carry: Carry,
     ) -> torch.Tensor:
-        x_BHD = self.integrate(start_BHD.to(cond_BC), cond_BC, generators)
-        action_BHD = self._action.unnormalize(x_BHD).float()
-        return action_BHD.clamp(self.low_D.float(), self.high_D.float())
-
-    def _condition(self, source: Mapping[str, Array]) -> torch.Tensor:
-        parts: list[torch.Tensor] = []
-        batch = -1
-        for (key, array), normalizer in zip(
-            self.spec.observation.items(), self._observation.children(), strict=True
-        ):
-            value = self._read(source, key, (batch, self.spec.n_obs_steps, *array.shape))
-            if not torch.isfinite(value).all():
-                raise SpecError(f"{key} holds values that are not finite")
-            batch = value.shape[0]
-            assert isinstance(normalizer, LinearNormalizer)
-            parts.append(normalizer.normalize(value).flatten(1))
-        return torch.cat(parts, dim=1)
-
-    def _read(self, source: Mapping[str, Array], key: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor at `key`; a batch size of −1 in `shape` stands for any."""
-        if key not in source:
-            raise SpecError(f"'{key}' is missing; got keys {sorted(source)}")
-        value = source[key]
-        if isinstance(value, np.ndarray):
-            value = torch.from_numpy(value if value.flags.writeable else value.copy())
-        expected = (value.shape[0] if value.ndim and shape[0] < 0 else shape[0], *shape[1:])
-        if tuple(value.shape) != expected:
-            wanted = ", ".join("B" if n < 0 else str(n) for n in shape)
-            raise SpecError(f"{key} has shape {tuple(value.shape)}; this policy needs [{wanted}]")
-        return value.to(self.device, non_blocking=True)
+        """All rows; those with a chunk before begin from it if `warm_start` says so."""
+        known_B = carry["known"]
+        if self.warm_start is None or not known_B.any():
+            return self.integrate(noise_BHD, cond_BC, generators, goal=goal)
+        guess_BHD = self._normalized(shifted(carry["chunk"], self.spec.n_action_steps))
+        start = self.warm_start.step(self.solver)
+        x_BHD = torch.empty_like(noise_BHD)
+        for step, chosen_B in ((0, ~known_B), (start, known_B)):
+            rows = torch.from_numpy(chosen_B.nonzero()[0]).to(self.device)
+            if not len(rows):
+                continue
+            begin_BHD = noise_BHD[rows]
+            if step:
+                begin_BHD = self.solver.noised(guess_BHD[rows], begin_BHD, step)
+            own = [generators[k] for k in rows] if isinstance(generators, list) else generators
+            part = None if goal is None else Goal(goal.wanted_BHD[rows], goal.weight_BH1[rows])
+            x_BHD[rows] = self.integrate(begin_BHD, cond_BC[rows], own, start=step, goal=part)
+        return x_BHD

@@ -1,8 +1,9 @@
 """Policies as data: a configuration and named arrays, in memory or in a directory.
 
 A checkpoint directory holds config.json (format, registered name, PolicySpec, options, hashes) and
-model.safetensors (network and normalisers). Nothing in it is code; a name that is not registered,
-an array that the named policy does not have, or a byte that changed is refused.
+model.safetensors (network and normalisers). Of a composed policy, the options hold the members'
+own configurations and the arrays are theirs too. Nothing in it is code; a name that is not
+registered, an array that the named policy does not have, or a byte that changed is refused.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import msgspec
 import numpy as np
@@ -26,7 +27,6 @@ from embodied.core.errors import ConfigError, CorruptDataError, SpecError
 from embodied.core.files import fsync_directory, write_atomic
 from embodied.core.registry import resolve
 from embodied.core.specs import PolicySpec
-from policies.base import GenerativePolicy
 
 FORMAT = 1
 CONFIG, MODEL = "config.json", "model.safetensors"
@@ -36,7 +36,19 @@ MAX_ELEMENTS = 1 << 22
 REMEDY = "Restore the directory from a copy, or use another checkpoint."
 
 
-def policy_state(policy: GenerativePolicy[Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+class Storable(Protocol):
+    """A registered policy that is a torch module."""
+
+    name: ClassVar[str]
+    spec: PolicySpec
+    config: Any
+
+    def state_dict(self) -> Any:
+        """Its arrays."""
+        ...
+
+
+def policy_state(policy: Storable) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """A policy as (configuration of plain JSON values, arrays by name, copied to memory).
 
     ConfigError if the policy's class is not the one registered under its name.
@@ -49,16 +61,14 @@ def policy_state(policy: GenerativePolicy[Any]) -> tuple[dict[str, Any], dict[st
     config = {
         "format": FORMAT,
         "policy": policy.name,
-        "spec": _finite(msgspec.to_builtins(policy.spec)),
-        "options": msgspec.to_builtins(policy.config),
+        "spec": spec_data(policy.spec),
+        "options": msgspec.json.decode(msgspec.json.encode(policy.config)),
     }
     arrays = {k: v.detach().cpu().numpy().copy() for k, v in policy.state_dict().items()}
     return config, arrays
 
 
-def policy_from_state(
-    config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
-) -> GenerativePolicy[Any]:
+def policy_from_state(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Any:
     """The policy that `policy_state` described.
 
     ConfigError: the configuration names something unknown or unusable. CorruptDataError: it has
@@ -66,12 +76,12 @@ def policy_from_state(
     finite. Shapes are compared before any memory is taken for the model.
     """
     _check_arrays(arrays, _expected_arrays(config))
-    policy = _construct(config)
+    policy = construct(config)
     load_arrays(policy, arrays)
     return policy
 
 
-def load_arrays(policy: GenerativePolicy[Any], arrays: Mapping[str, np.ndarray]) -> None:
+def load_arrays(policy: Storable, arrays: Mapping[str, np.ndarray]) -> None:
     """Replace a policy's weights and normalisers in place: all of them, or none and an error.
 
     Faster than `policy_from_state` for new weights of the same configuration. CorruptDataError as
@@ -81,10 +91,10 @@ def load_arrays(policy: GenerativePolicy[Any], arrays: Mapping[str, np.ndarray])
     _check_arrays(arrays, _shapes(state))
     with torch.no_grad():
         for key, value in state.items():
-            value.copy_(torch.from_numpy(np.array(arrays[key])))
+            value.copy_(torch.from_numpy(np.require(arrays[key], requirements="W")))
 
 
-def save_policy(path: Path, policy: GenerativePolicy[Any]) -> None:
+def save_policy(path: Path, policy: Storable) -> None:
     """Write a checkpoint directory; it appears whole, and replaces one of the same name."""
     config, arrays = policy_state(policy)
     model = safetensors.numpy.save(arrays)
@@ -108,12 +118,14 @@ def save_policy(path: Path, policy: GenerativePolicy[Any]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load_policy(path: Path) -> GenerativePolicy[Any]:
+def load_policy(path: Path) -> Any:
     """Read a checkpoint directory; ConfigError or CorruptDataError name what is wrong with it."""
     try:
         config = _read_config(path / CONFIG)
         arrays = _read_model(path / MODEL, config)
         return policy_from_state(config, arrays)
+    except RecursionError as error:
+        raise CorruptDataError(f"checkpoint {path}: its members nest too deep. {REMEDY}") from error
     except (ConfigError, CorruptDataError) as error:
         raise type(error)(f"checkpoint {path}: {error} {REMEDY}") from error
 
@@ -170,7 +182,7 @@ class _WithoutInitialisation(TorchFunctionMode):
 def _expected_arrays(config: Mapping[str, Any]) -> Shapes:
     """Names, shapes and dtypes of the described policy, without memory for its weights."""
     with torch.device("meta"):
-        return _shapes(_construct(config).state_dict())
+        return _shapes(construct(config).state_dict())
 
 
 def _shapes(state: Mapping[str, torch.Tensor]) -> Shapes:
@@ -194,23 +206,35 @@ def _check_arrays(arrays: Mapping[str, np.ndarray], expected: Shapes) -> None:
             raise CorruptDataError(f"{key} holds values that are not finite.")
 
 
-def _construct(config: Mapping[str, Any]) -> GenerativePolicy[Any]:
+def construct(config: Mapping[str, Any]) -> Any:
+    """The described policy with untrained weights; errors as of `policy_from_state`."""
     fields = {"format", "policy", "spec", "options"}
     if not fields <= config.keys() or config["format"] != FORMAT:
         raise CorruptDataError(f"the configuration is not of format {FORMAT}.")
     if not isinstance(config["options"], Mapping):
         raise CorruptDataError("the configuration's options are no mapping.")
     cls, options = component("policies", {**config["options"], "name": config["policy"]}, "policy")
+    spec = spec_from_data(config["spec"])
+    with _WithoutInitialisation():
+        return cls(spec, options)
+
+
+def spec_data(spec: PolicySpec) -> dict[str, Any]:
+    """A spec as plain JSON values."""
+    return _finite(msgspec.to_builtins(spec))
+
+
+def spec_from_data(data: Any, owner: str = "policy") -> PolicySpec:
+    """Inverse of spec_data; CorruptDataError if it is none, ConfigError for one too large."""
     try:
-        spec = msgspec.convert(_infinite(config["spec"]), PolicySpec)
+        spec = msgspec.convert(_infinite(data), PolicySpec)
     except (msgspec.ValidationError, SpecError) as error:
-        raise CorruptDataError(f"the policy's spec cannot be read: {error}.") from error
+        raise CorruptDataError(f"the {owner}'s spec cannot be read: {error}.") from error
     sizes = [spec.action.size * spec.horizon]
     sizes += [spec.n_obs_steps * array.size for array in spec.observation.values()]
     if max(sizes) > MAX_ELEMENTS:
-        raise ConfigError(f"the policy's spec has {max(sizes)} elements; that is too many.")
-    with _WithoutInitialisation():
-        return cls(spec, options)
+        raise ConfigError(f"the {owner}'s spec has {max(sizes)} elements; that is too many.")
+    return spec
 
 
 def _digest(content: Mapping[str, Any]) -> str:

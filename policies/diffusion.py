@@ -1,57 +1,24 @@
 """Denoising diffusion. Shapes: B batch, H chunk, D action, C conditioning, N training steps."""
 
-import copy
-from typing import Annotated, Any, Literal
+from bisect import bisect_left
 
 import msgspec
 import torch
 
-from embodied.core.errors import ConfigError, MissingDependencyError
 from embodied.core.protocols import Parameterisation, Prediction
+from embodied.core.registry import resolve
 from embodied.core.specs import PolicySpec
-from policies.base import GenerativePolicy, Generators, PolicyConfig
+from policies.base import GenerativePolicy
+from policies.configs import DiffusionConfig
+from policies.conversions import Scalar
+from policies.networks.stages import Cond, evaluate
+from policies.solvers.diffusion import DiffusionSolver
 
 PARAMETERISATIONS: dict[str, Parameterisation] = {
     "epsilon": "epsilon",
     "sample": "sample",
     "v_prediction": "v",
 }
-
-MIN_LOG_ALPHA_OVER_SIGMA = -5.1
-"""Where DPM-Solver++ starts on a cosine schedule, which ends at practically no signal."""
-
-
-class DiffusionConfig(PolicyConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Options of the diffusion policy.
-
-    num_train_steps: N of the squared-cosine schedule (Nichol and Dhariwal 2021, equation 17).
-    num_steps: sampler steps; None means 10, or N for ddpm. timestep_spacing: "trailing" starts
-    where x is pure noise (Lin et al. 2023, table 2); "leading" starts up to a stride earlier, at
-    a signal-to-noise ratio that the starting noise does not have, which biases the mean (for
-    N(.8, .05²) in 10 steps: .7963 instead of .8). With "epsilon", trailing relies on clip_sample:
-    at the first step errors of the network are divided by √ᾱ = 5e-4. clip_sample: keep the
-    estimate of the clean chunk within ±1 while sampling.
-    """
-
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
-    scheduler: Literal["ddim", "ddpm", "dpmsolver++"] = "ddim"
-    num_train_steps: Annotated[int, msgspec.Meta(ge=2, le=10_000)] = 100
-    num_steps: Annotated[int, msgspec.Meta(ge=1, le=10_000)] | None = None
-    timestep_spacing: Literal["leading", "trailing", "linspace"] = "trailing"
-    clip_sample: bool = True
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for options that contradict each other."""
-        if self.num_steps is not None and self.num_steps > self.num_train_steps:
-            raise ConfigError(
-                f"num_steps is {self.num_steps}; it must not exceed "
-                f"num_train_steps={self.num_train_steps}"
-            )
-        if self.clip_sample and self.action_normalization == "gaussian":
-            raise ConfigError(
-                "clip_sample keeps actions within ±1, which gaussian normalisation exceeds; "
-                "set clip_sample: false, or action_normalization: spec or limits"
-            )
 
 
 class DiffusionPolicy(GenerativePolicy[DiffusionConfig]):
@@ -67,39 +34,20 @@ class DiffusionPolicy(GenerativePolicy[DiffusionConfig]):
     rising_log_snr_N: torch.Tensor
 
     def __init__(self, spec: PolicySpec, config: DiffusionConfig) -> None:
-        """Also makes the scheduler that every sampling call copies."""
+        """Also makes the solver, on the schedule that the network is trained on."""
         super().__init__(spec, config)
-        self.stochastic = config.scheduler == "ddpm"
-        default = config.num_train_steps if self.stochastic else 10
-        self.num_steps = config.num_steps or min(default, config.num_train_steps)
-        try:
-            with torch.device("cpu"):
-                self._scheduler = _scheduler(config)
-        except ModuleNotFoundError as error:
-            raise MissingDependencyError(
-                f"diffusion policies need the package '{error.name}', which is not installed; "
-                "pip install 'embodied-stack[policy]' brings it"
-            ) from error
-        alpha_bar_N = self._scheduler.alphas_cumprod
-        self.register_buffer("alpha_bar_N", alpha_bar_N.clone(), persistent=False)
-        rising_N = torch.logit(alpha_bar_N.double()).flip(0).float()
-        self.register_buffer("rising_log_snr_N", rising_N, persistent=False)
+        self.solver = solver = self.make_solver()
+        self.register_buffer("alpha_bar_N", solver.alpha_bar_N.clone(), persistent=False)
+        rising_N = torch.logit(solver.alpha_bar_N.double()).flip(0)
+        self._rising_log_snrs: list[float] = rising_N.tolist()
+        self.register_buffer("rising_log_snr_N", rising_N.float(), persistent=False)
 
-    def integrate(
-        self, x_BHD: torch.Tensor, cond_BC: torch.Tensor, generators: Generators
-    ) -> torch.Tensor:
-        """Run the scheduler from t = N − 1 to 0."""
-        # A scheduler keeps its place and history: a shallow copy per call is re-entrant, because
-        # set_timesteps replaces, and never changes, what the copies share.
-        scheduler = copy.copy(self._scheduler)
-        scheduler.set_timesteps(self.num_steps)
-        extra = {"generator": generators} if self.stochastic else {}
-        n = self.config.num_train_steps
-        for t in scheduler.timesteps.tolist():
-            time_B = x_BHD.new_full((len(x_BHD),), t / n)
-            out_BHD = self.network(x_BHD, time_B, cond_BC).to(x_BHD)
-            x_BHD = scheduler.step(out_BHD, t, x_BHD, return_dict=False, **extra)[0]
-        return x_BHD
+    def make_solver(self, num_steps: int | None = None) -> DiffusionSolver:
+        """See GenerativePolicy."""
+        options = self.config.solver_config()
+        if num_steps is not None:
+            options = msgspec.structs.replace(options, num_steps=num_steps)
+        return resolve("solvers", self.config.scheduler)(options)
 
     def objective(
         self, action_BHD: torch.Tensor, cond_BC: torch.Tensor, rng: torch.Generator
@@ -121,48 +69,23 @@ class DiffusionPolicy(GenerativePolicy[DiffusionConfig]):
                 target_BHD = signal * noise_BHD - spread * action_BHD
         return (out_BHD - target_BHD).square()
 
-    def denoise(self, x_t: torch.Tensor, log_snr: torch.Tensor, cond: torch.Tensor) -> Prediction:
-        """The network's output at the time whose log-SNR is `log_snr`, interpolated in between."""
-        value = self.network(x_t, self._time(log_snr).to(x_t), cond)
-        return Prediction(value, PARAMETERISATIONS[self.config.prediction_type])
+    def denoise(self, x_t: torch.Tensor, log_snr: Scalar, cond: Cond) -> Prediction:
+        """The network's output at the time whose log-SNR is `log_snr`."""
+        value_BHD = evaluate(self.network, x_t, self.time_of(log_snr), cond)
+        return Prediction(value_BHD, PARAMETERISATIONS[self.config.prediction_type])
 
-    def _time(self, log_snr_B: torch.Tensor) -> torch.Tensor:
+    def time_of(self, log_snr: Scalar) -> Scalar:
+        """The network's time, interpolated between those that it is trained on."""
+        if isinstance(log_snr, torch.Tensor):
+            return self._times(log_snr)
+        grid = self._rising_log_snrs
+        right = min(max(bisect_left(grid, log_snr), 1), len(grid) - 1)
+        part = (log_snr - grid[right - 1]) / (grid[right] - grid[right - 1])
+        return (len(grid) - right - min(max(part, 0.0), 1.0)) / len(grid)
+
+    def _times(self, log_snr_B: torch.Tensor) -> torch.Tensor:
         grid_N = self.rising_log_snr_N
         right_B = torch.searchsorted(grid_N, log_snr_B.to(grid_N)).clamp(1, len(grid_N) - 1)
         low_B, high_B = grid_N[right_B - 1], grid_N[right_B]
         part_B = ((log_snr_B - low_B) / (high_B - low_B)).clamp(0, 1)
         return (len(grid_N) - right_B - part_B) / len(grid_N)
-
-
-def _scheduler(config: DiffusionConfig) -> Any:
-    # Each import takes seconds: only the one that is used, and before the first decision.
-    common: dict[str, Any] = {
-        "num_train_timesteps": config.num_train_steps,
-        "beta_schedule": "squaredcos_cap_v2",
-        "prediction_type": config.prediction_type,
-        "timestep_spacing": config.timestep_spacing,
-    }
-    match config.scheduler:
-        case "ddim":
-            from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-
-            return DDIMScheduler(clip_sample=config.clip_sample, **common)
-        case "ddpm":
-            from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-
-            return DDPMScheduler(
-                variance_type="fixed_small", clip_sample=config.clip_sample, **common
-            )
-        case "dpmsolver++":
-            from diffusers.schedulers.scheduling_dpmsolver_multistep import (
-                DPMSolverMultistepScheduler,
-            )
-
-            # Thresholding at a largest value of 1 is clipping to ±1.
-            return DPMSolverMultistepScheduler(
-                algorithm_type="dpmsolver++",
-                lambda_min_clipped=MIN_LOG_ALPHA_OVER_SIGMA,
-                thresholding=config.clip_sample,
-                sample_max_value=1.0,
-                **common,
-            )

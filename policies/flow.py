@@ -1,29 +1,18 @@
 """Rectified flow. Shapes: B batch, H chunk, D action, C conditioning."""
 
-from typing import Annotated, Literal
-
-import msgspec
 import torch
 
 from embodied.core.protocols import Prediction
-from policies.base import GenerativePolicy, Generators, PolicyConfig
-from policies.conversions import flow_time, signal_noise
+from embodied.core.registry import resolve
+from embodied.core.specs import PolicySpec
+from policies.base import GenerativePolicy
+from policies.configs import FlowConfig
+from policies.conversions import Scalar, flow_time, signal_noise
+from policies.networks.stages import Cond, evaluate
+from policies.solvers.base import Solver
 
 BETA_SHAPE = 1.5
 BETA_CUT = 0.999
-
-
-class FlowConfig(PolicyConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Options of the flow policy.
-
-    num_steps: solver steps. solver: "heun" evaluates the network twice a step. time_sampling:
-    density of u in training; "logit_normal" prefers the middle (Esser et al. 2024, section 3.1),
-    "beta" the noisy end (π0, Black et al. 2024, appendix B).
-    """
-
-    num_steps: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 10
-    solver: Literal["euler", "heun"] = "euler"
-    time_sampling: Literal["uniform", "logit_normal", "beta"] = "uniform"
 
 
 class FlowPolicy(GenerativePolicy[FlowConfig]):
@@ -35,18 +24,15 @@ class FlowPolicy(GenerativePolicy[FlowConfig]):
     name = "flow"
     Config = FlowConfig
 
-    def integrate(
-        self, x_BHD: torch.Tensor, cond_BC: torch.Tensor, generators: Generators
-    ) -> torch.Tensor:
-        """Solve the flow from u = 0 to 1 on a uniform grid."""
-        n = self.config.num_steps
-        for k in range(n):
-            v_BHD = self._velocity(x_BHD, k / n, cond_BC)
-            if self.config.solver == "heun":
-                ahead_BHD = self._velocity(x_BHD + v_BHD / n, (k + 1) / n, cond_BC)
-                v_BHD = (v_BHD + ahead_BHD) / 2
-            x_BHD = x_BHD + v_BHD / n
-        return x_BHD
+    def __init__(self, spec: PolicySpec, config: FlowConfig) -> None:
+        """Also makes the solver."""
+        super().__init__(spec, config)
+        self.solver = self.make_solver()
+
+    def make_solver(self, num_steps: int | None = None) -> Solver:
+        """See GenerativePolicy."""
+        solver = resolve("solvers", self.config.solver)
+        return solver(solver.Config(num_steps=num_steps or self.config.num_steps))
 
     def objective(
         self, action_BHD: torch.Tensor, cond_BC: torch.Tensor, rng: torch.Generator
@@ -58,14 +44,15 @@ class FlowPolicy(GenerativePolicy[FlowConfig]):
         v_BHD = self.network(x_BHD, u_B, cond_BC)
         return (v_BHD - (action_BHD - noise_BHD)).square()
 
-    def denoise(self, x_t: torch.Tensor, log_snr: torch.Tensor, cond: torch.Tensor) -> Prediction:
+    def time_of(self, log_snr: Scalar) -> Scalar:
+        """The flow's u with the same signal-to-noise ratio."""
+        return flow_time(log_snr)
+
+    def denoise(self, x_t: torch.Tensor, log_snr: Scalar, cond: Cond) -> Prediction:
         """Velocity at the flow's time and scale of equal signal-to-noise ratio."""
         signal, noise = signal_noise(log_snr)
-        velocity = self.network(x_t / (signal + noise), flow_time(log_snr), cond)
-        return Prediction(velocity, "flow")
-
-    def _velocity(self, x_BHD: torch.Tensor, u: float, cond_BC: torch.Tensor) -> torch.Tensor:
-        return self.network(x_BHD, x_BHD.new_full((len(x_BHD),), u), cond_BC)
+        x_BHD = x_t / (signal + noise)
+        return Prediction(evaluate(self.network, x_BHD, self.time_of(log_snr), cond), "flow")
 
     def _draw_times(self, batch: int, rng: torch.Generator) -> torch.Tensor:
         match self.config.time_sampling:

@@ -5,6 +5,9 @@ import torch
 
 from embodied.core.errors import SpecError
 
+Generators = torch.Generator | list[torch.Generator] | None
+"""Where noise is drawn from: one stream for all rows, one for each row, or torch's own."""
+
 
 def check_seeds(seed: np.ndarray, batch: int) -> list[int]:
     """One non-negative integer per row; SpecError unless `seed` is an integer array [batch]."""
@@ -34,3 +37,12 @@ def step_generators(seeds: list[int]) -> list[torch.Generator]:
         )
         for seed in seeds
     ]
+
+
+def normal_like(x_BHD: torch.Tensor, generators: Generators) -> torch.Tensor:
+    """Standard normal noise in the shape and dtype of x, drawn on the CPU."""
+    shape, dtype = x_BHD.shape, x_BHD.dtype
+    if isinstance(generators, list):
+        rows = [torch.randn((1, *shape[1:]), generator=g, dtype=dtype) for g in generators]
+        return torch.cat(rows).to(x_BHD.device)
+    return torch.randn(shape, generator=generators, dtype=dtype).to(x_BHD.device)

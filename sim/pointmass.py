@@ -6,6 +6,7 @@ model for new ones and for tests of whole runs.
 
 from collections.abc import Mapping
 
+import msgspec
 import numpy as np
 
 from embodied.core.errors import ConfigError
@@ -19,6 +20,7 @@ _TICK_HZ = 20.0
 _HORIZON = 80
 _STEP_M = 0.05
 _REACHED_M = 0.05
+_CAMERA = "top"
 
 
 class PointMassFamily:
@@ -31,16 +33,18 @@ class PointMassFamily:
         return SimTask("pointmass", "move to the goal", config.horizon or _HORIZON)
 
     def make_driver(self, task: str, config: SimConfig) -> "PointMassDriver":
-        if config.cameras:
-            raise ConfigError(f"sim.cameras is {list(config.cameras)}; pointmass has no camera")
-        return PointMassDriver()
+        if set(config.cameras) - {_CAMERA}:
+            cameras = list(config.cameras)
+            raise ConfigError(f"sim.cameras is {cameras}; pointmass has only '{_CAMERA}'")
+        return PointMassDriver(config)
 
     def make_expert(self, task: str, spec: DeviceSpec) -> Expert:
         return PointMassExpert()
 
 
 class PointMassDriver:
-    """observation.state [2]: position (m); observation.environment_state [2]: goal (m).
+    """observation.state [2]: position (m); observation.environment_state [2]: goal (m); the camera
+    "top" sees both.
 
     action [2]: displacement in units of 5 cm, once per tick at 20 Hz. Reward: minus the distance
     to the goal (m). Success: within 5 cm of it.
@@ -56,6 +60,14 @@ class PointMassDriver:
         signals=("reward", "success"),
     )
 
+    _pictures: Mapping[str, ArraySpec] = {}
+
+    def __init__(self, config: SimConfig) -> None:
+        self._pictures = config.picture_specs()
+        self.spec = msgspec.structs.replace(
+            self.spec, observation={**self.spec.observation, **self._pictures}
+        )
+
     def open(self) -> None:
         self.reset(0)
 
@@ -68,6 +80,7 @@ class PointMassDriver:
         return {
             "observation.state": self._position.astype(np.float32),
             "observation.environment_state": self._goal.astype(np.float32),
+            **{key: self.render(*array.shape[:2]) for key, array in self._pictures.items()},
         }
 
     def drive(self, action_D: np.ndarray) -> None:

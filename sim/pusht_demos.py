@@ -15,6 +15,7 @@ from sim.pusht import block_features
 
 _MAX_STEPS = 1_000_000
 _MAX_VALUES = 20 * _MAX_STEPS
+_PICTURES_AT_ONCE = 512
 
 
 class PushTDemonstrations:
@@ -104,19 +105,12 @@ class PushTDemonstrations:
             with ZipStore(self._path, mode="r") as store:
                 root = zarr.open_group(store, mode="r")
                 keys = ("data/state", "data/action", "meta/episode_ends")
-                state, action, ends = (self._array(root[key], _MAX_VALUES) for key in keys)
-                image = self._array(root["data/img"], _MAX_VALUES * 200) if self._images else None
-                images = None if image is None else image.astype(np.uint8)
+                found = (_numbers(root[key], _MAX_VALUES) for key in keys)
+                state, action, ends = (np.asarray(stored) for stored in found)
+                images = _pictures(root["data/img"]) if self._images else None
                 return state, action, ends, images
         except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
             raise self._damaged(error) from error
-
-    @staticmethod
-    def _array(stored: Any, most: int) -> np.ndarray:
-        """Read a zarr array, of numbers only and bounded before memory is taken."""
-        if stored.dtype.kind not in "fiu" or stored.size > most:
-            raise ValueError(f"{stored.name} is {stored.dtype} {stored.shape}")
-        return np.asarray(stored)
 
     def _check(self) -> None:
         steps = len(self._state)
@@ -141,3 +135,19 @@ class PushTDemonstrations:
             f"{self._path} cannot be read as PushT demonstrations "
             f"({type(error).__name__}: {error}); fetch it again (docs/data.md)"
         )
+
+
+def _numbers(stored: Any, most: int) -> Any:
+    """A zarr array, of numbers only and bounded before memory is taken."""
+    if stored.dtype.kind not in "fiu" or stored.size > most:
+        raise ValueError(f"{stored.name} is {stored.dtype} {stored.shape}")
+    return stored
+
+
+def _pictures(stored: Any) -> np.ndarray:
+    """Read pictures, which are stored as floats, a few at a time."""
+    pictures = np.empty(_numbers(stored, 200 * _MAX_VALUES).shape, np.uint8)
+    for first in range(0, len(pictures), _PICTURES_AT_ONCE):
+        part = slice(first, first + _PICTURES_AT_ONCE)
+        pictures[part] = stored[part]
+    return pictures

@@ -19,11 +19,10 @@ import contextlib
 import importlib
 import json
 import os
-import platform
 import time
 from pathlib import Path
 
-from benchmarks.buffer.measure import HEAD, Options, Row, load, markdown
+from benchmarks.buffer.measure import HEAD, Options, Row, load, machine, markdown
 
 PARTS = ("reads", "cold", "writes", "memory", "opening", "policies")
 
@@ -64,7 +63,7 @@ def main() -> None:
         print(f"{part}: {known[part]['seconds']} s, {before}; after: {load()}", flush=True)
     with contextlib.suppress(OSError):  # every part has removed its own
         options.root.rmdir()
-    print(f"\n{_machine()}\n\n{HEAD}")
+    print(f"\n{machine()}\n\n{HEAD}")
     for part in [part for part in PARTS if part in known and part in wanted]:
         rows = [dict(row) for row in known[part]["rows"]]
         for row in rows:
@@ -78,13 +77,6 @@ def main() -> None:
             f"{part}: {entry['seconds']:.0f} s{quick}; before: {entry['before']}; "
             f"after: {entry['after']}"
         )
-
-
-def _machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "CPU")
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return f"{os.cpu_count()} × {model}, {memory:.0f} GiB, Linux {platform.release()}; {load()}"
 
 
 if __name__ == "__main__":

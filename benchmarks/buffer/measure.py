@@ -4,6 +4,7 @@ import ctypes
 import gc
 import mmap
 import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -120,6 +121,14 @@ def load() -> str:
     """How busy the machine is."""
     one, five, _ = os.getloadavg()
     return f"load {one:.2f} (1 min), {five:.2f} (5 min) on {os.cpu_count()} cores"
+
+
+def machine() -> str:
+    """What this is measured on, and how busy it is."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "CPU")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return f"{os.cpu_count()} × {model}, {memory:.0f} GiB, Linux {platform.release()}; {load()}"
 
 
 def drop_pages(paths: Iterable[Path]) -> None:

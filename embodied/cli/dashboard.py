@@ -46,11 +46,12 @@ class Dashboard:
             found = wanted if learner.get("step") else int(learner.get("demonstrations") or 0)
             details["demonstrations"] = (found / wanted, f"{found} of {wanted} episodes")
         if learner.get("step"):
-            rate = learner.get("steps_per_s")
+            rate, loss = learner.get("steps_per_s"), learner.get("loss")
             speed = f"  {rate:.0f} steps/s" if rate else ""
+            shown = "" if loss is None else f"  loss {loss:.4f}"
             details["training"] = (
                 float(learner.get("progress") or 0),
-                f"step {learner['step']}{speed}  loss {learner.get('loss') or float('nan'):.4f}",
+                f"step {learner['step']}{speed}{shown}",
             )
         if actors:
             rate = sum(float(a.get("steps_per_s") or 0) for a in actors)

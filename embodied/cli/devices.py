@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
-    from hal.discovery import DeviceRow
+    from hal.listing import DeviceRow
 
 _COLOURS = {"ready": "green", "leased": "cyan", "degraded": "yellow", "halted": "bold red"}
 _EVERY_S = 1.0

@@ -17,8 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate a checkpoint; prints success with its interval."""
-    import torch
-
     from embodied.core import config as core_config
     from embodied.core.errors import ConfigError
     from embodied.core.files import write_atomic
@@ -33,7 +31,6 @@ def run(options: argparse.Namespace) -> int:
             f"seeds {config.first_seed} to {last - 1}: evaluation seeds lie in "
             f"0..{EVALUATION_SEEDS - 1}, and episodes must be at least 1"
         )
-    torch.set_num_threads(1)
     policy, version, task, sim = _load(config)
     seeds = range(config.first_seed, last)
     output = Path(config.output) if config.output else None
@@ -84,11 +81,16 @@ def _print(summary: dict[str, Any], *, as_json: bool) -> None:
 def _load(config: Any) -> tuple[Any, int, str, Any]:
     """Policy, version, task and simulation settings of a checkpoint folder or a run directory."""
     from embodied.core.errors import ConfigError
-    from embodied.run.build import stored_policy
+    from embodied.run.build import deciding_policy
     from sim.family import SimConfig
 
-    policy, version, stored = stored_policy(Path(config.checkpoint))
+    if config.inference.fallback:
+        raise ConfigError("an evaluation is of one policy: leave inference.fallback=false")
+    checkpoint = config.checkpoint and Path(config.checkpoint)
+    rows = min(config.rows, config.episodes)
+    policy, version, stored = deciding_policy(checkpoint, config.inference, rows=rows)
     task = config.task or (stored and stored.task)
     if task is None:
-        raise ConfigError(f"{config.checkpoint} is a policy without a run: say task=...")
+        named = config.checkpoint or config.inference.remote
+        raise ConfigError(f"{named} is a policy without a run: say task=...")
     return policy, version, task, config.sim or (stored.sim if stored else SimConfig())

@@ -13,21 +13,39 @@ _COMMANDS = {
     "train": ("train", "run a training configuration: robots, buffer, learner, evaluation, report"),
     "collect": ("collect", "record demonstrations by a scripted expert, or import a data set"),
     "eval": ("evaluate", "success of a checkpoint or run on fresh start states"),
+    "serve": ("serve", "decide for robots that are too small for a policy"),
+    "compose": (
+        "compose",
+        "choose the weights of a composed policy, and report it beside its parts",
+    ),
     "devices": ("devices", "list robots, cameras and GPUs, like nvidia-smi"),
     "agent": ("agent", "own this host's robots and offer them to be leased"),
+    "site": ("site", "act with this host's robots for a run elsewhere"),
+    "status": ("status", "hosts of a run: links, weights, what is still to deliver"),
+    "deploy": ("deploy", "put the agent onto a robot's host over ssh, and keep it running there"),
+    "doctor": ("doctor", "check this host: software, clock, devices, identity; say what to do"),
     "estop": ("estop", "halt this host's robots at once, until a person clears it"),
     "teleop": ("teleop", "move a robot by keyboard, gamepad or leader arm"),
     "record": ("record", "record demonstrations by a person on a robot"),
     "buffer": ("buffer", "look into replay buffers; check, join, divide, export and import them"),
     "calibrate": ("calibrate", "calibrate an SO-101 arm, follower or leader"),
+    "pki": ("pki", "make, renew and revoke the certificates of gateways and robots' hosts"),
+    "weights": ("weights", "list a run's weights; pin, roll back, show one; try it on some hosts"),
     "report": ("report", "write report.html of a run directory"),
 }
 
+# Of TLS 1.2 this leaves gRPC one suite that the certificates of `embodied pki`, being of elliptic
+# curves, cannot be used with: only 1.3 is left. gRPC reads the variable when it is imported.
+_NO_TLS12 = ("GRPC_SSL_CIPHER_SUITES", "ECDHE-RSA-AES128-GCM-SHA256")
+
 _EPILOG = """\
-train, collect and eval take Hydra overrides: key=value, group=choice. Examples:
+train, collect, eval, serve, compose and site take Hydra overrides: key=value, group=choice.
+Examples:
   embodied train task=metaworld/drawer-open policy=diffusion algorithm=bc
   embodied train experiment=pusht learner.minutes=5
   embodied eval checkpoint=runs/my-run episodes=50
+  embodied serve checkpoint=runs/my-run follow=true
+  embodied compose policies=[runs/a,runs/b] search=bandit output=runs/a-and-b
   embodied train --show task=metaworld/assembly       (print the composed configuration)
 """
 
@@ -53,6 +71,7 @@ def parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; a user's error ends in one paragraph on stderr and status 2."""
+    os.environ.setdefault(*_NO_TLS12)
     given = sys.argv[1:] if arguments is None else arguments
     options = parser(given).parse_args(given)
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -20,9 +20,9 @@ def run(options: argparse.Namespace) -> int:
     """Record episodes on a leased device until there are enough or the person stops."""
     from embodied.buffer.serve.sink import LocalBuffer
     from embodied.core import config as core_config
+    from embodied.run.episode import Result
     from embodied.run.leased import LeasedRobot
     from embodied.run.record_session import RecordConfig, RecordSession
-    from embodied.run.rollout import Result
     from hal.teleop.keyboard import EVENT_HELP, Keyboard
     from hal.teleop.session import make_session
 
@@ -96,14 +96,12 @@ def _policy(config: Any) -> tuple[Any, int]:
     """The policy that acts while no person does, and its version; (None, -1) without one."""
     from embodied.core.errors import ConfigError
 
-    if config.checkpoint is None:
+    if config.checkpoint is None and config.inference.remote is None:
         if config.teleoperator.get("name") == "nobody":
             raise ConfigError("teleoperator=nobody needs a checkpoint: somebody has to act")
         return None, -1
-    import torch
+    from embodied.run.build import deciding_policy
 
-    from embodied.run.build import stored_policy
-
-    torch.set_num_threads(1)
-    policy, version, _ = stored_policy(Path(config.checkpoint))
+    checkpoint = config.checkpoint and Path(config.checkpoint)
+    policy, version, _ = deciding_policy(checkpoint, config.inference, rows=1)
     return policy, version

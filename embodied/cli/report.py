@@ -102,7 +102,8 @@ def _latest_by_step(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for _, row in sorted({row["step"]: row for row in rows}.items())]
 
 
-def _figure() -> tuple[Any, Any]:
+def new_figure() -> tuple[Any, Any]:
+    """An empty figure and its axes, in the house's style."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2, 2.9), layout="constrained")
@@ -112,7 +113,8 @@ def _figure() -> tuple[Any, Any]:
     return figure, axes
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
+    """The figure as text that starts with <svg."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
@@ -122,7 +124,7 @@ def _svg(figure: Any) -> str:
 def _success_plot(evaluations: list[dict[str, Any]]) -> str:
     if not evaluations:
         return ""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     steps = [row["step"] for row in evaluations]
     rates = [row["success_rate"] for row in evaluations]
     intervals = np.array([row["success_interval"] for row in evaluations])
@@ -133,23 +135,23 @@ def _success_plot(evaluations: list[dict[str, Any]]) -> str:
         axes.plot(steps, coverage, marker="s", label="mean max coverage")
     axes.set(xlabel="gradient steps", ylim=(-0.03, 1.03))
     axes.legend(frameon=False, fontsize=8)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _line_plot(rows: list[dict[str, Any]], key: str, label: str, *, log: bool) -> str:
     if not rows:
         return ""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     axes.plot([row["step"] for row in rows], [row[key] for row in rows], linewidth=1)
     axes.set(xlabel="gradient steps", ylabel=label, yscale="log" if log else "linear")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _intervention_plot(actors: dict[str, list[dict[str, Any]]]) -> str:
     """Share of each robot's episodes that ended in success before the supervisor took over."""
     if not any(not row["demonstration"] for rows in actors.values() for row in rows):
         return ""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for name, rows in actors.items():
         alone = [float(row["success"] and not row["interventions"]) for row in rows]
         window = 10
@@ -157,7 +159,7 @@ def _intervention_plot(actors: dict[str, list[dict[str, Any]]]) -> str:
         axes.plot(smooth, label=name)
     axes.set(xlabel="training episodes", ylabel="ended without help", ylim=(-0.03, 1.03))
     axes.legend(frameon=False, fontsize=8)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _films(run: RunDir) -> list[tuple[str, str]]:

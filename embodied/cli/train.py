@@ -42,7 +42,6 @@ def run(options: argparse.Namespace) -> int:
     if resuming:
         stored = core_config.convert(run.read_config(), run_config.TrainConfig)
         run_config.same_experiment(config, stored)
-        _check_checkpoint(run, config)
     run.acquire()
     try:
         run.write_config(config)
@@ -55,8 +54,8 @@ def run(options: argparse.Namespace) -> int:
 def _run(run: RunDir, config: Any, console: Console) -> int:
     started_s = time.monotonic()
     console.print(
-        f"[bold]{config.task}[/]  {config.algorithm['name']}  {config.policy['name']}"
-        f"/{config.policy['network']['name']}  →  {_short(run.path)}"
+        f"[bold]{config.task}[/]  {config.algorithm['name']}  {_policy_name(config.policy)}"
+        f"  →  {_short(run.path)}"
     )
     interrupted = False
     with Dashboard(console, config) as dashboard:
@@ -66,9 +65,9 @@ def _run(run: RunDir, config: Any, console: Console) -> int:
 
                 run_lockstep(run, config, dashboard.lockstep)
             else:
-                from embodied.run.local import Supervisor
+                from embodied.run.local import run_local
 
-                Supervisor(run, config, dashboard.update).run()
+                run_local(run, config, dashboard.update)
         except KeyboardInterrupt:
             interrupted = True
     if not interrupted:
@@ -108,11 +107,9 @@ def _directory(config: Any) -> Path:
     return Path(config.run.root) / f"{config.task.replace('/', '-')}-{stamp}"
 
 
-def _check_checkpoint(run: RunDir, config: Any) -> None:
-    from embodied.learn.trainer import load_checkpoint
-    from embodied.run import build
-
-    load_checkpoint(run.checkpoints, build.policy_format(config), config.learner)
+def _policy_name(policy: dict[str, Any]) -> str:
+    network = policy.get("network")
+    return f"{policy['name']}/{network['name']}" if network else policy["name"]
 
 
 def _short(path: Path) -> str:

@@ -4,9 +4,9 @@ import itertools
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -52,14 +52,55 @@ class Reply:
     arrays: dict[str, np.ndarray]
 
 
+class Requests(Protocol):
+    """A client's end of requests with replies, whatever carries them; one thread may use it.
+
+    RequestClient inside a host; links between hosts have the same.
+    """
+
+    address: str
+
+    def send(self, header: msgspec.Struct, arrays: Mapping[str, np.ndarray]) -> int | None:
+        """Send without waiting; the request's id, or None if nobody is connected or it is full."""
+        ...
+
+    def receive_ready(self) -> list[Reply]:
+        """All replies that have come to requests made by `send`, without waiting."""
+        ...
+
+    def forget(self, number: int) -> None:
+        """Discard the reply to this request if it still comes."""
+        ...
+
+    def lost(self, number: int) -> bool | None:
+        """Whether no reply to this request will come; None if that cannot be known."""
+        ...
+
+    def request(
+        self, header: msgspec.Struct, arrays: Mapping[str, np.ndarray], timeout_s: float
+    ) -> Message:
+        """Send, wait, return (header, arrays). Raises LinkError after timeout_s, or the error
+        with which the server refused."""
+        ...
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether a reply comes within timeout_s."""
+        ...
+
+    def close(self) -> None:
+        """Take no more replies. Safe to call twice."""
+        ...
+
+
 class RequestServer(Channel):
     """Answers requests of many clients, one at a time.
 
     handler: (header, arrays) → (header, arrays); an EmbodiedError from it becomes an ErrorReply,
     any other exception is a bug and is raised. commit: called once per poll after the handlers
     and before any reply leaves, so that many requests share one fsync; if it raises an
-    EmbodiedError, that is what all of them get. num_bad: messages dropped because they could not
-    be decoded. Binding takes a Unix socket's path over from whoever held it: lock first.
+    EmbodiedError, that is what all of them get. num_bad: messages that could not be decoded, which
+    are answered with the reason if they bear an id. Binding takes a Unix socket's path over from
+    whoever held it: lock first.
     """
 
     def __init__(
@@ -82,22 +123,26 @@ class RequestServer(Channel):
         """Wait up to timeout_s, then answer all pending requests; returns how many."""
         if not self.wait(timeout_s):
             return 0
-        replies: list[tuple[list[Any], msgspec.Struct, Mapping[str, np.ndarray]]] = []
+        replies: list[tuple[list[bytes], msgspec.Struct, Mapping[str, np.ndarray]]] = []
         for _ in range(self._max_batch):
             try:
                 frames = receive(self._socket, extra=2)
                 if frames is None:
                     break
-                if len(frames) < 3 or frames[1].nbytes != _ID.size:
-                    raise CorruptDataError(f"request of {len(frames)} frames without an id")
-                header, arrays = decode(frames[2:], self._types)
+                envelope = envelope_of(frames)
             except CorruptDataError:
                 self.num_bad += 1
                 continue
             try:
-                replies.append((frames[:2], *self._handler(header, arrays)))
+                header, arrays = decode(frames[2:], self._types)
+            except CorruptDataError as error:
+                self.num_bad += 1
+                replies.append((envelope, error_reply(error), {}))
+                continue
+            try:
+                replies.append((envelope, *self._handler(header, arrays)))
             except EmbodiedError as error:
-                replies.append((frames[:2], error_reply(error), {}))
+                replies.append((envelope, error_reply(error), {}))
         refusal: ErrorReply | None = None
         if replies and self._commit is not None:
             try:
@@ -107,8 +152,15 @@ class RequestServer(Channel):
         for envelope, header, arrays in replies:
             if refusal is not None and not isinstance(header, ErrorReply):
                 header, arrays = refusal, {}
-            send(self._socket, [*map(bytes, envelope), *encode(header, arrays)])
+            send(self._socket, [*envelope, *encode(header, arrays)])
         return len(replies)
+
+
+def envelope_of(frames: Sequence[memoryview]) -> list[bytes]:
+    """What leads the answer to a request's sender. CorruptDataError if it bears no id."""
+    if len(frames) < 3 or frames[1].nbytes != _ID.size:
+        raise CorruptDataError(f"request of {len(frames)} frames without an id")
+    return [bytes(frame) for frame in frames[:2]]
 
 
 def error_reply(error: EmbodiedError) -> ErrorReply:
@@ -151,6 +203,10 @@ class RequestClient(Channel):
     def forget(self, number: int) -> None:
         """Discard the reply to this request if it still comes."""
         self._waiting.discard(number)
+
+    def lost(self, number: int) -> bool | None:
+        """None: a server that was started anew does not tell what it had not answered."""
+        return None
 
     def request(
         self, header: msgspec.Struct, arrays: Mapping[str, np.ndarray], timeout_s: float

@@ -74,6 +74,12 @@ def raw_bytes(array: np.ndarray) -> np.ndarray:
     return array.reshape(-1).view(np.uint8)
 
 
+def extent(shape: Sequence[int], item_bytes: int) -> int:
+    """Bytes of an array if its sides of 0 were 1: numpy makes no array, not even an empty one, of
+    which these are too many."""
+    return math.prod(max(side, 1) for side in shape) * item_bytes
+
+
 def encode(header: msgspec.Struct, arrays: Mapping[str, np.ndarray]) -> list[bytes | memoryview]:
     """Frames of one message. Contiguous arrays are not copied: leave them until it is sent.
 
@@ -90,7 +96,8 @@ def encode(header: msgspec.Struct, arrays: Mapping[str, np.ndarray]) -> list[byt
                 f"array '{name}' has dtype {array.dtype.str}; native ones of {', '.join(DTYPES)} "
                 "can be sent"
             )
-        if array.nbytes > MAX_ARRAY_BYTES or array.ndim > MAX_DIMS or not 0 < len(name) <= 256:
+        span = extent(array.shape, array.itemsize)
+        if span > MAX_ARRAY_BYTES or array.ndim > MAX_DIMS or not 0 < len(name) <= 256:
             raise SpecError(
                 f"array '{name[:256]}' has shape {array.shape} and {array.nbytes} bytes; at most "
                 f"{MAX_DIMS} axes, {MAX_ARRAY_BYTES} bytes and a name of 1 to 256 characters"
@@ -153,10 +160,11 @@ def _array(entry: _Entry, frame: Frame) -> np.ndarray:
         )
     view = memoryview(frame)
     expected = math.prod(entry.shape) * dtype.itemsize  # Python integers: no overflow
-    if expected > MAX_ARRAY_BYTES or view.nbytes != expected:
+    if extent(entry.shape, dtype.itemsize) > MAX_ARRAY_BYTES or view.nbytes != expected:
         raise CorruptDataError(
             f"array '{entry.name}' of dtype {entry.dtype} and shape {entry.shape} in a frame of "
-            f"{view.nbytes} bytes; {expected} bytes (at most {MAX_ARRAY_BYTES}) are right"
+            f"{view.nbytes} bytes; {expected} bytes are right, and at most {MAX_ARRAY_BYTES} with "
+            "sides of 0 counted as 1"
         )
     if expected == 0:
         array = np.empty(entry.shape, dtype)

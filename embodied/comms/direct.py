@@ -2,9 +2,6 @@
 
 The same calls as RequestServer and RequestClient. ZeroMQ hands a message from the caller to a
 thread of its own and back at either end; here the only threads that wake are the two that talk.
-
-A message is its size, the request's id, the number of the codec's frames and their sizes, then
-the frames, each at a multiple of 8 bytes so that arrays need not be copied.
 """
 
 import errno
@@ -14,7 +11,7 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Self
 
@@ -23,8 +20,6 @@ import numpy as np
 
 from embodied.comms.channels import ErrorReply, Handler, error_reply
 from embodied.comms.codec import (
-    MAX_ARRAYS,
-    Frame,
     Message,
     Types,
     check_types,
@@ -32,76 +27,14 @@ from embodied.comms.codec import (
     encode,
     members_of,
 )
+from embodied.comms.framing import PIECE, Stream, pack, unpack
 from embodied.comms.sockets import check_address
 from embodied.core.errors import ConfigError, CorruptDataError, EmbodiedError, LinkError
 
 MAX_REQUEST_BYTES = 16 << 20
 MAX_REPLY_BYTES = 1 << 30
 MAX_CLIENTS = 64
-_HEAD = struct.Struct("<IIQ")
-_SIZES = [struct.Struct(f"<{n}I") for n in range(MAX_ARRAYS + 2)]
-_ALIGNMENT = 8
-_PIECE = 1 << 18
 _CONNECT_S = 0.005
-
-
-def _pack(number: int, frames: Sequence[Frame]) -> bytes:
-    sizes = [memoryview(frame).nbytes for frame in frames]
-    table = _SIZES[len(sizes)].pack(*sizes)
-    parts: list[Frame] = [b"", table]
-    place = _HEAD.size + len(table)
-    for frame, size in zip(frames, sizes, strict=True):
-        if gap := -place % _ALIGNMENT:
-            parts.append(bytes(gap))
-        parts.append(frame)
-        place += gap + size
-    parts[0] = _HEAD.pack(place, len(sizes), number)
-    return b"".join(parts)
-
-
-def _unpack(message: bytes) -> tuple[int, list[memoryview]]:
-    """The id and the frames; CorruptDataError if they do not fill the message."""
-    total, count, number = _HEAD.unpack_from(message)
-    if not 1 <= count <= 1 + MAX_ARRAYS:
-        raise CorruptDataError(f"message of {count} frames; 1 to {1 + MAX_ARRAYS} are right")
-    place = _HEAD.size + _SIZES[count].size
-    if place > total:
-        raise CorruptDataError(f"message of {total} bytes is too short for {count} frames")
-    view = memoryview(message)
-    frames: list[memoryview] = []
-    for size in _SIZES[count].unpack_from(message, _HEAD.size):
-        place += -place % _ALIGNMENT
-        frames.append(view[place : place + size])
-        place += size
-    if place != total:
-        raise CorruptDataError(f"frames of {place} bytes in a message of {total}")
-    return number, frames
-
-
-class _Stream:
-    """Cuts what comes over a socket into messages of at most `most` bytes."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._rest = bytearray()
-
-    def feed(self, data: bytes) -> None:
-        """Take what was read."""
-        self._rest += data
-
-    def messages(self) -> Iterator[bytes]:
-        """Whole messages, oldest first. CorruptDataError for a size that cannot be right: what
-        follows cannot be read either."""
-        rest = self._rest
-        while len(rest) >= _HEAD.size:
-            [total] = struct.unpack_from("<I", rest)
-            if not _HEAD.size <= total <= self._most:
-                raise CorruptDataError(f"message of {total} bytes; at most {self._most} are right")
-            if len(rest) < total:
-                return
-            message = bytes(memoryview(rest)[:total])
-            del rest[:total]
-            yield message
 
 
 class _Client:
@@ -109,7 +42,7 @@ class _Client:
 
     def __init__(self, link: socket.socket) -> None:
         self.link = link
-        self.stream = _Stream(MAX_REQUEST_BYTES)
+        self.stream = Stream(MAX_REQUEST_BYTES)
         self.outgoing = memoryview(b"")
 
 
@@ -194,7 +127,7 @@ class DirectServer:
         if event & select.POLLOUT:
             self._send(client, client.outgoing)
         else:
-            data = client.link.recv(_PIECE)
+            data = client.link.recv(PIECE)
             if not data:
                 raise OSError(errno.EPIPE, "closed by the client")
             client.stream.feed(data)
@@ -209,13 +142,13 @@ class DirectServer:
 
     def _answer(self, message: bytes) -> bytes:
         header: msgspec.Struct
-        number, frames = _unpack(message)
+        number, frames = unpack(message)
         try:
             header, arrays = self._handler(*decode(frames, self._types))
         except EmbodiedError as error:
             self.num_bad += isinstance(error, CorruptDataError)
             header, arrays = error_reply(error), {}
-        return _pack(number, encode(header, arrays))
+        return pack(number, encode(header, arrays))
 
     def _send(self, client: _Client, data: memoryview) -> None:
         waited = bool(client.outgoing)
@@ -243,7 +176,7 @@ class DirectClient:
         self._path = _path(address)
         self._ids = itertools.count()
         self._link: socket.socket | None = None
-        self._stream = _Stream(MAX_REPLY_BYTES)
+        self._stream = Stream(MAX_REPLY_BYTES)
         self._timeout_s = 0.0
 
     def request(
@@ -252,7 +185,7 @@ class DirectClient:
         """Send, wait, return (header, arrays). Raises LinkError after timeout_s, or as soon as
         the server ends over it, or the error with which it refused."""
         number = next(self._ids)
-        message = _pack(number, encode(header, arrays))
+        message = pack(number, encode(header, arrays))
         deadline_s = time.monotonic() + timeout_s
         try:
             reply = self._exchange(message, number, deadline_s, timeout_s)
@@ -316,7 +249,7 @@ class DirectClient:
                 link.close()
                 raise
             else:
-                self._link, self._stream = link, _Stream(MAX_REPLY_BYTES)
+                self._link, self._stream = link, Stream(MAX_REPLY_BYTES)
                 return link
             if time.monotonic() >= deadline_s:
                 raise self._silent(timeout_s)
@@ -332,13 +265,13 @@ class DirectClient:
     def _receive(self, link: socket.socket, number: int, deadline_s: float) -> Message:
         while True:
             for message in self._stream.messages():
-                found, frames = _unpack(message)
+                found, frames = unpack(message)
                 if found == number:
                     return decode(frames, self._types)
                 self.num_late += 1
             if time.monotonic() >= deadline_s:
                 raise BlockingIOError
-            data = link.recv(_PIECE)
+            data = link.recv(PIECE)
             if not data:
                 raise OSError(errno.EIO, "its process ended before it answered")
             self._stream.feed(data)

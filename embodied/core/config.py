@@ -31,16 +31,22 @@ def convert(data: Mapping[str, Any], kind: type[T], where: str = "") -> T:
         raise registry.unknown("key", name, _fields(owner, label)) from error
 
 
-def component(kind: str, data: Any, where: str) -> tuple[Any, Any]:
-    """Class registered under data["name"] and its typed Config, made of the other keys."""
+def options_of(kind: str, data: Any, where: str) -> Any:
+    """Typed Config of the class registered under data["name"], made of the other keys; a class
+    that loads torch is not imported for it (registry.OPTIONS)."""
     options: dict[str, Any] = (
         dict(typing.cast("Mapping[str, Any]", data)) if isinstance(data, Mapping) else {}
     )
     name = options.pop("name", None)
     if not isinstance(name, str):
         raise ConfigError(f"{where}: name is missing; known: {', '.join(registry.names(kind))}")
-    found = registry.resolve(kind, name)
-    return found, convert(options, found.Config, where)
+    return convert(options, registry.config_type(kind, name), where)
+
+
+def component(kind: str, data: Any, where: str) -> tuple[Any, Any]:
+    """Class registered under data["name"], and its typed Config as `options_of` makes it."""
+    options = options_of(kind, data, where)
+    return registry.resolve(kind, data["name"]), options
 
 
 def compose(primary: str, overrides: Sequence[str]) -> dict[str, Any]:

@@ -37,5 +37,13 @@ class LinkError(EmbodiedError):
     """The other end of a channel did not answer in time."""
 
 
+class IdentityError(EmbodiedError):
+    """Who is at the other end is not known, or not allowed to do this."""
+
+
+class NoActionError(EmbodiedError):
+    """A policy gave no decision in time: what is committed plays, then the robot holds."""
+
+
 class MissingDependencyError(EmbodiedError):
     """A package or system library that this feature needs is not installed."""

@@ -9,6 +9,9 @@ import numpy as np
 from embodied.core.frames import Observation
 from embodied.core.specs import ArraySpec, DeviceSpec, PolicySpec
 
+Carry = dict[str, np.ndarray]
+"""What a policy remembers from one decision to the next; the first axis of each is the batch."""
+
 Parameterisation = Literal["epsilon", "sample", "v", "flow"]
 
 
@@ -144,20 +147,22 @@ class Policy(Protocol):
 
     spec: PolicySpec
 
-    def init(self, batch: int) -> Any:
-        """State carried from decision to decision, for `batch` rows."""
+    def init(self, batch: int) -> Carry | None:
+        """What `batch` rows remember before their first decision; None if nothing ever."""
         ...
 
     def act(
         self,
-        carry: Any,
+        carry: Carry | None,
         obs: Mapping[str, np.ndarray],
         *,
         prefix: np.ndarray | None = None,
         seed: np.ndarray,
-    ) -> tuple[Any, np.ndarray]:
+    ) -> tuple[Carry | None, np.ndarray]:
         """Decide. obs: [B, To, ...] in device units; prefix: committed actions [B, d, D];
         seed: [B], one for each row, so that a row's noise does not depend on its neighbours.
+        carry: from the decision n_action_steps ticks ago, whose actions have been executed since;
+        rows for which that does not hold begin anew with `init`.
         Returns the carry and actions [B, H, D] in device units, float32."""
         ...
 
@@ -170,12 +175,36 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
+class Distant(Protocol):
+    """A policy that decides elsewhere. Its `act` raises NoActionError if no decision came in time.
+
+    version: of the policy that made the last decision.
+    """
+
+    version: int
+
+    def allow(self, committed_s: float, useful_s: float) -> None:
+        """Time of the next decision, on a robot whose time does not wait: how long committed
+        actions still play, and after how long an answer would be of no use."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """A denoiser's output [B, H, D] and what it stands for."""
 
     value: Any
     parameterisation: Parameterisation
+
+
+@runtime_checkable
+class Composite(Protocol):
+    """A policy that is made of others."""
+
+    def parts(self) -> Mapping[str, Policy]:
+        """Those that are in use, by label."""
+        ...
 
 
 @runtime_checkable
@@ -187,7 +216,8 @@ class Denoiser(Protocol):
         ...
 
     def denoise(self, x_t: Any, log_snr: Any, cond: Any) -> Prediction:
-        """Prediction at x_t = √ᾱ x₀ + √(1−ᾱ) ε, where log_snr = log(ᾱ / (1−ᾱ)), shape [B]."""
+        """Prediction at x_t = √ᾱ x₀ + √(1−ᾱ) ε, where log_snr = log(ᾱ / (1−ᾱ)): [B], or a float
+        for all rows."""
         ...
 
 

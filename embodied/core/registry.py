@@ -19,15 +19,63 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "policies": {
         "flow": "policies.flow:FlowPolicy",
+        "meanflow": "policies.meanflow:MeanFlowPolicy",
         "diffusion": "policies.diffusion:DiffusionPolicy",
+        "act": "policies.act:ACT",
+        "composed": "policies.compose.policy:ComposedPolicy",
+        "pooled": "policies.compose.pooled:PooledPolicy",
+        "improved": "policies.improved:ImprovedPolicy",
+    },
+    "operators": {
+        "mix": "policies.compose.operators:Mix",
+        "product": "policies.compose.operators:Product",
+        "cfg": "policies.compose.operators:ClassifierFree",
+        "or": "policies.compose.superposition:Or",
+        "and": "policies.compose.superposition:And",
+        "critic": "policies.compose.critics:CriticWeights",
+    },
+    "critics": {
+        "medoid": "policies.compose.critics:Medoid",
+    },
+    "value_heads": {
+        "hl_gauss": "policies.critics.heads:HLGauss",
+        "scalar": "policies.critics.heads:Scalar",
     },
     "networks": {
         "mlp": "policies.networks.mlp:ResidualMLP",
         "unet1d": "policies.networks.unet1d:ConditionalUnet1D",
+        "dit": "policies.networks.dit:DiT",
+    },
+    "encoders": {
+        "resnet18": "policies.encoders.resnet:ResNet18",
+        "vit": "policies.encoders.vit:ViT",
+    },
+    "text_encoders": {
+        "ngrams": "policies.encoders.ngrams:HashedNgrams",
+    },
+    "solvers": {
+        "ddim": "policies.solvers.diffusion:DDIM",
+        "ddpm": "policies.solvers.diffusion:DDPM",
+        "dpmsolver++": "policies.solvers.diffusion:DPMSolver",
+        "euler": "policies.solvers.flow:Euler",
+        "heun": "policies.solvers.flow:Heun",
+    },
+    "searches": {
+        "grid": "embodied.run.simplex_search:Grid",
+        "bandit": "embodied.run.simplex_search:Bandit",
+        "bayes": "embodied.run.simplex_search:Bayes",
+        "analytic": "embodied.run.simplex_search:Analytic",
     },
     "algorithms": {
         "bc": "embodied.learn.bc:BC",
         "dagger": "embodied.learn.dagger:DAgger",
+    },
+    "draws": {
+        "uniform": "embodied.buffer.sample.draws:Uniform",
+        "recency": "embodied.buffer.sample.draws:Recency",
+        "weighted": "embodied.buffer.sample.draws:Weighted",
+        "stratified": "embodied.buffer.sample.draws:Stratified",
+        "prioritised": "embodied.buffer.sample.priorities:Prioritised",
     },
     "drivers": {
         "so101": "hal.drivers.so101:SO101",
@@ -78,6 +126,33 @@ BUILTIN: dict[str, dict[str, str]] = {
 }
 """Kind → name → 'module:Class'. Third parties add rows by entry points in `embodied.<kind>`."""
 
+OPTIONS: dict[str, dict[str, str]] = {
+    "policies": {
+        "flow": "policies.configs:FlowConfig",
+        "meanflow": "policies.configs:MeanFlowConfig",
+        "diffusion": "policies.configs:DiffusionConfig",
+        "act": "policies.configs:ACTConfig",
+    },
+    "networks": {
+        "mlp": "policies.configs:MLPConfig",
+        "unet1d": "policies.configs:Unet1DConfig",
+        "dit": "policies.configs:DiTConfig",
+    },
+    "encoders": {
+        "resnet18": "policies.configs:ResNet18Config",
+        "vit": "policies.configs:ViTConfig",
+    },
+    "text_encoders": {
+        "ngrams": "policies.configs:NgramsConfig",
+    },
+    "value_heads": {
+        "hl_gauss": "policies.critics.configs:HLGaussConfig",
+        "scalar": "policies.critics.configs:ScalarConfig",
+    },
+}
+"""Kind → name → 'module:Class' of the `Config` of built-in classes whose own module loads torch, so
+that a configuration is checked without it."""
+
 
 def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
     """The error for a name that is not known: it offers the nearest one and lists the others."""
@@ -113,15 +188,36 @@ def _rows(kind: str) -> dict[str, str]:
     return rows
 
 
+def _singular(kind: str) -> str:
+    if kind.endswith("ies"):
+        return kind.removesuffix("ies") + "y"
+    return kind.removesuffix("es") if kind.endswith("ches") else kind.removesuffix("s")
+
+
 @cache
 def resolve(kind: str, name: str) -> Any:
     """The class registered as `name`; an unknown name fails with the nearest match."""
+    _check_known(kind, name)
+    return _load(kind, name, _rows(kind)[name])
+
+
+@cache
+def config_type(kind: str, name: str) -> Any:
+    """The `Config` of the class registered as `name`; that class is not imported if OPTIONS names
+    its options. An unknown name fails with the nearest match."""
+    _check_known(kind, name)
+    row = OPTIONS.get(kind, {}).get(name)
+    return resolve(kind, name).Config if row is None else _load(kind, name, row)
+
+
+def _check_known(kind: str, name: str) -> None:
     known = names(kind)
     if name not in known:
-        raise unknown(
-            kind.removesuffix("ies") + "y" if kind.endswith("ies") else kind[:-1], name, known
-        )
-    module, _, attribute = _rows(kind)[name].partition(":")
+        raise unknown(_singular(kind), name, known)
+
+
+def _load(kind: str, name: str, row: str) -> Any:
+    module, _, attribute = row.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
     except ModuleNotFoundError as error:

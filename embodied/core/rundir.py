@@ -1,9 +1,12 @@
 """The directory of a run: configuration, versions, events, metrics, checkpoints, videos."""
 
+import contextlib
 import fcntl
 import importlib.metadata
 import os
 import platform
+import re
+import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -12,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from embodied.core.errors import ConfigError, RunInUseError
+from embodied.core.errors import ConfigError, CorruptDataError, RunInUseError
 from embodied.core.files import full_disk_named, write_atomic
 
 _PACKAGES = ("embodied-stack", "numpy", "torch", "diffusers", "mujoco", "metaworld", "robosuite")
@@ -107,6 +110,21 @@ class RunDir:
                     time.sleep(0.1)
         finally:
             os.close(roles)
+
+    def id(self) -> str:
+        """What tells this run from every other, wherever it lies: 32 hexadecimal digits, drawn by
+        the first process that asks."""
+        path = self.path / "id"
+        if not path.exists():
+            drawn = self.path / f".id.{os.getpid()}.tmp"
+            write_atomic(drawn, secrets.token_hex(16).encode())
+            with contextlib.suppress(FileExistsError):
+                os.link(drawn, path)
+            drawn.unlink()
+        found = path.read_text()
+        if not re.fullmatch("[0-9a-f]{32}", found):
+            raise CorruptDataError(f"{path} is damaged: it holds {found[:40]!r}")
+        return found
 
     def sitting(self) -> int:
         """How often the run has been started or resumed."""

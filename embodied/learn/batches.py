@@ -1,13 +1,13 @@
 """Where a trainer's batches come from: its own process, or a loader process beside it."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from embodied.buffer.load.loader import LoaderClient
 from embodied.buffer.read.replay import ReplayReader
-from embodied.buffer.sample.samplers import WindowSampler
+from embodied.buffer.sample.samplers import Sampler
 
 _WAIT_S = 0.05
 
@@ -44,7 +44,7 @@ class InlineBatches:
     def __init__(
         self,
         reader: ReplayReader,
-        sampler: WindowSampler,
+        sampler: Sampler[Any],
         batch_size: int,
         rng: np.random.Generator,
     ) -> None:

@@ -16,14 +16,19 @@ from embodied.core.errors import CorruptDataError, EmbodiedError
 from embodied.core.files import read_tensors, write_tensors
 from embodied.learn.config import LearnerConfig
 from embodied.learn.ema import EMA
+from embodied.learn.snapshot import Snapshot
 
 Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class PolicyFormat:
-    """How policies, which are torch modules, are made and turned into plain data and back."""
+    """How policies, which are torch modules, are made and turned into plain data and back.
 
+    statistics: keys of which `make` needs the statistics.
+    """
+
+    statistics: tuple[str, ...]
     make: Callable[[Mapping[str, FeatureStats]], Any]
     pack: Callable[[Any], tuple[dict[str, Any], Arrays]]
     unpack: Callable[[dict[str, Any], Arrays], Any]
@@ -42,6 +47,8 @@ class Learner:
         self.step = 0
         self.seconds = 0.0
         self.ema = EMA(policy, decay=config.ema_decay)
+        self._described: dict[str, Any] | None = None
+        self._stream = torch.cuda.Stream() if self._device.type == "cuda" else None
         self._names = [name for name, p in policy.named_parameters() if p.requires_grad]
         self._parameters = [p for p in policy.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
@@ -110,9 +117,17 @@ class Learner:
 
     def weights(self) -> tuple[dict[str, Any], Arrays]:
         """Configuration and arrays of the policy with averaged weights: what acts."""
-        config, arrays = self._format.pack(self.policy)
-        averaged = {name: value.cpu().numpy() for name, value in self.ema.parameters().items()}
-        return config, {**arrays, **averaged}
+        config, snapshot = self.snapshot()
+        return config, snapshot.arrays()
+
+    def snapshot(self) -> tuple[dict[str, Any], Snapshot]:
+        """As weights, but on a GPU the arrays are still on their way, and training may go on."""
+        if self._described is None:
+            self._described = self._format.pack(self.policy)[0]
+        averaged = self.ema.parameters()
+        state: Mapping[str, torch.Tensor] = self.policy.state_dict()
+        fixed = {k: v.detach().clone() for k, v in state.items() if k not in averaged}
+        return self._described, Snapshot({**fixed, **averaged}, self._stream)
 
     def save(self, path: Path, extra: Mapping[str, Any]) -> None:
         """Write policy, averages, optimiser, random state and `extra` as one file, whole or not."""

@@ -11,21 +11,20 @@ import numpy as np
 from embodied.buffer.load.loader import LoaderClient
 from embodied.buffer.read.replay import EpisodeInfo, ReplayReader
 from embodied.buffer.sample.limiter import RateLimiter
-from embodied.buffer.sample.samplers import WindowSampler, WindowSpec
+from embodied.buffer.sample.sampling import Sampling
 from embodied.core.errors import CorruptDataError
 from embodied.core.seeds import derive_seed, make_rng
 from embodied.learn.batches import Batches, InlineBatches, LoadedBatches
 from embodied.learn.bc import BC
 from embodied.learn.config import LearnerConfig
 from embodied.learn.learner import Learner, PolicyFormat
-from embodied.weights.store import WeightStore
+from embodied.learn.publishing import Publisher
 
-StartLoader = Callable[[int, Callable[[mmap], None]], LoaderClient]
-"""Starts a loader, given the gradient steps so far and what pins the memory of its batches."""
+StartLoader = Callable[[Callable[[mmap], None]], LoaderClient]
+"""Starts a loader, given what pins the memory of its batches."""
 
 _REFRESH_STEPS = 20
 _LOG_STEPS = 50
-_WEIGHTS_KEPT = 20
 
 
 def is_demonstration(episode: EpisodeInfo, only_successful: bool) -> bool:
@@ -46,26 +45,25 @@ class Trainer:
         *,
         buffer: Path,
         ram_bytes: int,
-        weights: WeightStore,
+        publisher: Publisher,
         checkpoint: Path,
-        window: WindowSpec,
+        open_sampling: Callable[[ReplayReader], Sampling],
         policy_format: PolicyFormat,
         algorithm: BC,
         config: LearnerConfig,
         seed: int,
-        sitting: int,
         on_metrics: Callable[[dict[str, Any]], None],
         start_loader: StartLoader | None = None,
     ) -> None:
         self._reader = ReplayReader(buffer, ram_bytes=ram_bytes)
-        self._weights = weights
+        self._publisher = publisher
         self._checkpoint = checkpoint
-        self._window = window
+        self._open_sampling = open_sampling
+        self._sampling: Sampling | None = None
         self._format = policy_format
         self._algorithm = algorithm
         self._config = config
         self._seed = seed
-        self._sitting = sitting
         self._on_metrics = on_metrics
         self._rng = make_rng(seed, "batches")
         slack = config.batch_size + (config.samples_per_insert or 0.0)
@@ -75,8 +73,8 @@ class Trainer:
         self._batches: Batches | None = None
         self._counted = 0
         self._losses: list[float] = []
-        self._published_step = -1
         self._saved_step = -1
+        self._waiting = False
         self.waited_s = 0.0
         self.learner: Learner | None = None
 
@@ -97,27 +95,30 @@ class Trainer:
         return sum(is_demonstration(e, only_successful) for e in self._reader.finished())
 
     def start(self) -> None:
-        """Build the policy from the data, or continue from the checkpoint."""
-        path = newest_checkpoint(self._checkpoint)
-        if path is not None:
-            self.learner, extra = Learner.load(path, self._format, self._config)
+        """Build the policy from the data, or continue from the checkpoint (see load_checkpoint)."""
+        found, drawn = load_checkpoint(self._checkpoint, self._format, self._config), {}
+        if found is not None:
+            self.learner, extra = found
             self._rng.bit_generator.state = extra["batches_rng"]
             self._saved_step = self.learner.step
             self._limiter.load(extra["limiter"])
             self._inserted = extra["inserted"]
+            drawn = extra["sampler"]
         self._reader.refresh()
-        sampler = WindowSampler(self._reader, self._window, select=self._algorithm.select)
+        self._sampling = self._open_sampling(self._reader)
+        sampler = self._sampling.sampler
+        sampler.load(drawn)
         if self.learner is None:
-            keys = [*self._window.observation_keys, "action"]
-            policy = self._format.make(sampler.statistics(keys))
+            policy = self._format.make(sampler.statistics(self._format.statistics))
             training_seed = derive_seed(self._seed, "training noise")
             self.learner = Learner(policy, self._format, self._config, seed=training_seed)
         if self._start_loader is None:
             size = self._config.batch_size
             self._batches = InlineBatches(self._reader, sampler, size, self._rng)
         else:
+            self._sampling.close()
             self._reader.close()
-            self._batches = LoadedBatches(self._start_loader(self.step, self.learner.pin))
+            self._batches = LoadedBatches(self._start_loader(self.learner.pin))
         self._count()
 
     def update(self) -> bool:
@@ -125,6 +126,10 @@ class Trainer:
 
         waited_s: time that it has waited for batches.
         """
+        self._waiting = not self._update()
+        return not self._waiting
+
+    def _update(self) -> bool:
         assert self.learner is not None and self._batches is not None
         started_s = time.perf_counter()
         if self.learner.step % _REFRESH_STEPS == 0:
@@ -144,28 +149,23 @@ class Trainer:
             row = {**metrics, "loss": float(np.mean(self._losses)), "step": self.learner.step}
             self._on_metrics({**row, "windows": self._batches.num_candidates})
             self._losses.clear()
-        self.learner.seconds += time.perf_counter() - started_s
+        step_s = time.perf_counter() - started_s
+        self.learner.seconds += step_s
+        self._publisher.stepped(step_s)
         return True
 
     def publish_due(self) -> bool:
-        """Whether publish_every steps have passed since the last weights went out."""
-        return self.step - max(0, self._published_step) >= self._config.publish_every
+        """See Publisher.due; it waits if the last update could not be made."""
+        return self._publisher.due(self.step, waiting=self._waiting)
 
-    def publish(self, *, final: bool) -> int:
-        """Publish the averaged weights; returns their version."""
+    def publish(self, *, final: bool) -> None:
+        """See Publisher.publish."""
         assert self.learner is not None
-        config, arrays = self.learner.weights()
-        metadata = {
-            "step": self.learner.step,
-            "seconds": round(self.learner.seconds, 3),
-            "final": final,
-            "sitting": self._sitting,
-            "published_ns": time.monotonic_ns(),
-        }
-        manifest = self._weights.publish(arrays, config, metadata)
-        self._weights.prune(_WEIGHTS_KEPT)
-        self._published_step = self.learner.step
-        return manifest.version
+        self._publisher.publish(self.learner, final=final)
+
+    def publishing(self) -> dict[str, float]:
+        """See Publisher.decisions."""
+        return self._publisher.decisions()
 
     def checkpoint_due(self) -> bool:
         """Whether checkpoint_every steps have passed since the last checkpoint."""
@@ -175,12 +175,14 @@ class Trainer:
         """Write a checkpoint; the one before it is kept beside it."""
         if self.learner is None or self._saved_step == self.learner.step:
             return
+        assert self._sampling is not None
         newest, previous = _checkpoint_files(self._checkpoint)
         fresh = newest.with_name("learner-next.safetensors")
         self.learner.save(
             fresh,
             {
                 "batches_rng": self._rng.bit_generator.state,
+                "sampler": self._sampling.sampler.save(),
                 "limiter": self._limiter.save(),
                 "inserted": self._inserted,
             },
@@ -201,30 +203,31 @@ class Trainer:
         self._limiter.inserted(new)
 
     def close(self) -> None:
-        """End the loader and close the buffer; safe to call twice."""
+        """Finish publishing, end the loader, close the buffer; safe to call twice."""
         if self._batches is not None:
             self._batches.close()
+        if self._sampling is not None:
+            self._sampling.close()
         self._reader.close()
+        self._publisher.finish()
 
 
 def _checkpoint_files(folder: Path) -> tuple[Path, Path]:
     return folder / "learner.safetensors", folder / "learner-previous.safetensors"
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint file in the folder, None if there is none."""
-    return next((path for path in _checkpoint_files(folder) if path.exists()), None)
-
-
 def load_checkpoint(
     folder: Path, policy_format: PolicyFormat, config: LearnerConfig
-) -> Learner | None:
-    """Load the newest checkpoint to see that it is whole; its error says how to go on."""
-    path = newest_checkpoint(folder)
+) -> tuple[Learner, dict[str, Any]] | None:
+    """The learner of the newest checkpoint and what was saved with it; None if there is none.
+
+    CorruptDataError for a damaged or foreign one; it says how to go on.
+    """
+    path = next((path for path in _checkpoint_files(folder) if path.exists()), None)
     if path is None:
         return None
     try:
-        return Learner.load(path, policy_format, config)[0]
+        return Learner.load(path, policy_format, config)
     except CorruptDataError as error:
         _, previous = _checkpoint_files(folder)
         remedy = (

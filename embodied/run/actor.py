@@ -1,25 +1,37 @@
 """An actor: robots that first demonstrate, then act with the newest weights."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from embodied.buffer.read.replay import ReplayReader
 from embodied.buffer.serve.sink import StepSink
+from embodied.buffer.spool.names import stream_name
 from embodied.core.config import component
-from embodied.core.errors import DeviceLostError, EmbodiedError, LeaseError
+from embodied.core.errors import DeviceLostError, EmbodiedError, LeaseError, LinkError
+from embodied.core.protocols import Policy
 from embodied.core.seeds import make_rng
 from embodied.learn.bc import BC
 from embodied.run.config import TrainConfig
+from embodied.run.fitting import fit_to
+from embodied.run.goals import ExpertGoals
 from embodied.run.record import Recorder
+from embodied.run.remote.policy import RemotePolicy, connect
+from embodied.run.renewal import Renewal
 from embodied.run.robots import LeasedRobots, Robots, SimulatedRobots
 from embodied.run.rollout import Result, Rollout, Start
-from embodied.weights.store import WeightStore, WeightWatcher
+from embodied.weights.store import WeightManifest, WeightStore, WeightWatcher
+from embodied.weights.trial import Trial
 from hal.group import DeviceGroup
 from sim import family
 
 _ATTEMPTS_PER_DEMONSTRATION = 5
+_CONNECT_EVERY_S = 1.0
+_CONNECT_S = 5.0
 
 
 def make_algorithm(config: TrainConfig) -> BC:
@@ -28,9 +40,11 @@ def make_algorithm(config: TrainConfig) -> BC:
     return cls(options)
 
 
-def streams_of(config: TrainConfig, actor: int) -> list[str]:
-    """Names of an actor's recording streams, one a robot."""
-    return [f"actor{actor}.robot{row}" for row in range(config.actors.rows)]
+def streams_of(config: TrainConfig, actor: int, host: str) -> list[str]:
+    """Names of an actor's recording streams, one a robot. host: where it acts, "" for the learner's
+    own."""
+    names = [f"actor{actor}.robot{row}" for row in range(config.actors.rows)]
+    return [stream_name(host, name) for name in names] if host else names
 
 
 class Actor:
@@ -38,6 +52,7 @@ class Actor:
 
     Robots of its own process are there from the start. Leased ones come and go: rollout is None
     while there are none, and an episode in which one was lost stays open and teaches nothing.
+    waiting: why no episode begins, "" if any may.
     """
 
     def __init__(
@@ -51,11 +66,18 @@ class Actor:
         sitting: int,
         speed: float,
         holder: str,
+        host: str = "",
+        background: bool = False,
+        refusal: Callable[[int], str] | None = None,
     ) -> None:
+        """host: where it acts, "" for the learner's own. background: whether newer weights are made
+        ready by a thread beside those that act; else poll_weights does it, so that what acts in a
+        tick does not depend on the machine. refusal: why no episode may begin while a version
+        acts, "" if one may."""
         self._family, self._task = family.find(config.task)
         rows = config.actors.rows
         self._config = config
-        self._streams = streams_of(config, index)
+        self._streams = streams_of(config, index, host)
         self._algorithm = make_algorithm(config)
         self._on_result = on_result
         self._sitting = sitting
@@ -72,15 +94,26 @@ class Actor:
         self._attempts = 0
         self._longest_ticks = 0
         self._in_hand = [False] * rows
-        self._watcher = WeightWatcher(weights)
+        offered = partial(Trial(weights).offered, f"actor{index}")
+        self._watcher = WeightWatcher(weights, choose=offered)
         self._published_ns = 0
+        self._goals = ExpertGoals(config.task, config.sim)
         self._policy: Any = None
+        self._renewal: Renewal | None = None
+        if background and (config.inference.remote is None or config.inference.fallback):
+            self._renewal = Renewal(self._watcher, self._make_policy)
+        self._remote: RemotePolicy | None = None
+        self._tried_s = -_CONNECT_EVERY_S
+        self._connecting = ThreadPoolExecutor(1, thread_name_prefix="policy server")
+        self._reached: Future[RemotePolicy] | None = None
         self.rollout: Rollout | None = None
         self.latencies_s: list[float] = []
-        self.version = -1
+        self.version = self._own_version = -1
         self.ticks = self.losses = self.rejected = 0
-        self.fault = ""
-        self._ready()
+        self._refusal = refusal
+        self.fault = self.plan = self.waiting = ""
+        if config.actors.devices is None:
+            self._ready()  # a leased one would miss its heartbeat while a policy is imported
 
     @property
     def demonstrating(self) -> bool:
@@ -96,28 +129,85 @@ class Actor:
                 self._note(episode.interventions == ticks, episode.success, ticks)
 
     def poll_weights(self) -> bool:
-        """Take the newest published weights, if there are newer ones; between chunks only."""
+        """Take the newest published weights, if there are newer ones, and connect to the policy
+        server if one is to decide; between chunks only. Whether another policy acts now."""
+        inference = self._config.inference
+        taken = (inference.remote is None or inference.fallback) and self._take_weights()
+        connected = inference.remote is not None and self._connect(inference.remote)
+        if not taken and not connected:
+            return False
+        if self._remote is not None and self._policy is not None:
+            self._remote.local_version = self._own_version
+        self.version = self._own_version if self._remote is None else self._remote.version
+        if self.rollout is not None and self._decides is not None:
+            self._act(self.rollout, self._decides)
+        return True
+
+    def _take_weights(self) -> bool:
+        if self._renewal is not None:
+            manifest = self._renewal.take()
+            self._policy = self._renewal.policy
+        else:
+            manifest = self._read_weights()
+        if manifest is None:
+            return False
+        if manifest.metadata["sitting"] == self._sitting:
+            self._published_ns = int(manifest.metadata["published_ns"])
+        self._own_version = manifest.version
+        return True
+
+    def _read_weights(self) -> WeightManifest | None:
         newest = self._watcher.poll()
         if newest is None:
-            return False
-        from policies.checkpoint import load_arrays, policy_from_state
+            return None
+        from policies.checkpoint import load_arrays
 
         arrays, manifest = newest
         if self._policy is None:
-            self._policy = policy_from_state(manifest.config, arrays)
+            self._policy = self._make_policy(manifest, arrays)
         else:
-            load_arrays(self._policy, arrays)
-        if manifest.metadata["sitting"] == self._sitting:
-            self._published_ns = int(manifest.metadata["published_ns"])
-        self.version = manifest.version
-        if self.rollout is not None:
-            self.rollout.set_policy(self._policy, self.version)
+            load_arrays(self._policy.source, arrays)
+            self._policy.refresh()
+        return manifest
+
+    def _make_policy(self, manifest: WeightManifest, arrays: Mapping[str, np.ndarray]) -> Any:
+        from policies.checkpoint import policy_from_state
+        from policies.inference.policy import ActingPolicy
+
+        policy = policy_from_state(manifest.config, arrays)
+        rows = self._config.actors.rows
+        return ActingPolicy(policy, self._config.inference, rows=rows)
+
+    def _connect(self, address: str) -> bool:
+        """Whether the server has now been reached, by a thread: it may be far away. Its fallback
+        must be there before it."""
+        inference = self._config.inference
+        if self._remote is not None or (inference.fallback and self._policy is None):
+            return False
+        if self._reached is None:
+            if time.monotonic() - self._tried_s >= _CONNECT_EVERY_S:
+                self._tried_s = time.monotonic()
+                self._reached = self._connecting.submit(
+                    connect, address, patience_s=inference.patience_s, connect_s=_CONNECT_S
+                )
+            return False
+        if not self._reached.done():
+            return False
+        reached, self._reached = self._reached, None
+        try:
+            self._remote = reached.result()
+        except LinkError as error:
+            self.fault = str(error)
+            return False
+        if inference.fallback:
+            self._remote.fall_back_to(self._policy, self._own_version)
         return True
 
     @property
     def published_ns(self) -> int:
-        """When the acting weights were published (monotonic); 0 before any of this sitting."""
-        return self._published_ns
+        """When the acting weights were published (monotonic); 0 before any of this sitting, and
+        where a policy server decides."""
+        return 0 if self._remote is not None else self._published_ns
 
     def tick(self) -> list[Result]:
         """One tick of every robot; returns the episodes that ended."""
@@ -130,6 +220,8 @@ class Actor:
         except (LeaseError, DeviceLostError) as error:
             self._lose(error)
             return []
+        if self._remote is not None:
+            self.version = self._remote.version
         self.latencies_s.extend(rollout.latencies_s)
         rollout.latencies_s.clear()
         self.ticks += rollout.ticks
@@ -150,7 +242,7 @@ class Actor:
 
     def _ready(self) -> Rollout | None:
         """The rollout on the robots, begun when they could be had."""
-        if self.rollout is None and (group := self.robots.acquire()) is not None:
+        if self.rollout is None and self._acts and (group := self.robots.acquire()) is not None:
             self.rollout = self._begin(group)
             self.fault = ""
         return self.rollout
@@ -162,10 +254,27 @@ class Actor:
             next_start=self._next_start,
             experts=[self._family.make_expert(self._task, group.spec) for _ in group.devices],
             on_step=lambda row, step: self._recorders[row].add(step),
+            goals=self._goals if self._config.actors.devices is None else None,
         )
-        if self._policy is not None:
-            rollout.set_policy(self._policy, self.version)
+        if self._decides is not None:
+            self._act(rollout, self._decides)
         return rollout
+
+    @property
+    def _acts(self) -> bool:
+        """Whether there is anything to do with robots: nobody else's are leased before."""
+        return self.demonstrating or self._decides is not None
+
+    @property
+    def _decides(self) -> Policy | None:
+        """The policy server once it has been reached, else the own policy once there is one."""
+        return self._remote or self._policy
+
+    def _act(self, rollout: Rollout, policy: Policy) -> None:
+        """Let the policy act, in as many solver steps as the robot's time allows."""
+        if not self.plan:
+            self.plan = fit_to(policy, rollout.devices[0])
+        rollout.set_policy(policy, self.version)
 
     def _lose(self, error: EmbodiedError) -> None:
         if not self.robots.lost(error):
@@ -205,7 +314,10 @@ class Actor:
             self._in_hand[row] = True
             self._begun[row] += 1
             return Start(seed, takeover_tick=0, noise=config.demonstrations.noise)
-        if self._policy is None:
+        if self._decides is None:
+            return None
+        self.waiting = "" if self._refusal is None else self._refusal(self.version)
+        if self.waiting:
             return None
         rng: np.random.Generator = make_rng(config.seed, stream, number, "plan")
         plan = self._algorithm.plan(self._longest_ticks or config.sim.horizon or 100, rng)
@@ -216,4 +328,12 @@ class Actor:
 
     def close(self) -> None:
         """Close the robots."""
+        if self._renewal is not None:
+            self._renewal.close()
+        self._connecting.shutdown()
+        if self._reached is not None and self._reached.exception() is None:
+            self._remote = self._reached.result()
+        if self._remote is not None:
+            self._remote.close()
         self.robots.close()
+        self._goals.close()

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embodied.buffer.read.replay import ReplayReader
-from embodied.buffer.sample.samplers import WindowSampler
+from embodied.buffer.sample.sampling import Sampling, open_sampling
 from embodied.buffer.sample.statistics import FeatureStats
 from embodied.buffer.sample.windows import WindowSpec
 from embodied.buffer.serve.sink import LocalBuffer, StepSink
-from embodied.core.config import component, convert
+from embodied.core.config import component, convert, options_of
 from embodied.core.errors import ConfigError
+from embodied.core.instructions import GOAL, TASK
+from embodied.core.protocols import Policy
 from embodied.core.rundir import RunDir
 from embodied.core.seeds import derive_seed
-from embodied.core.specs import DeviceSpec
+from embodied.core.specs import DeviceSpec, PolicySpec
 from embodied.run.actor import make_algorithm
-from embodied.run.config import DemonstrationsConfig, TrainConfig
+from embodied.run.config import DemonstrationsConfig, TrainConfig, read_keys
 from embodied.run.evaluate import summarise
 from embodied.run.record import import_dataset
+from embodied.run.remote.policy import connect
+from embodied.weights.governor import PublishGovernor
 from embodied.weights.store import WeightStore
+from embodied.weights.trial import Trial
+from policies import specs
 from sim import family
+from sim.family import SimConfig
 
 if TYPE_CHECKING:  # they load torch, which not every role needs
     from embodied.learn.learner import PolicyFormat
     from embodied.learn.trainer import StartLoader, Trainer
+    from policies.acting import InferenceConfig
+    from policies.inference.policy import ActingPolicy
 
 MIB = 1 << 20
 
@@ -37,10 +47,39 @@ def device_spec(config: TrainConfig) -> DeviceSpec:
 
 
 def window_spec(config: TrainConfig) -> WindowSpec:
-    """Which windows the run's policy learns from: all observations but pictures."""
-    _, options = component("policies", config.policy, "policy")
-    keys = tuple(key for key in device_spec(config).observation if ".images." not in key)
-    return WindowSpec(options.n_obs_steps, options.horizon, keys)
+    """Which windows the run's policy learns from."""
+    return windows_of(policy_spec(config))
+
+
+def windows_of(spec: PolicySpec) -> WindowSpec:
+    """Which windows a policy learns from."""
+    text = spec.observation.get(TASK)
+    return WindowSpec(
+        spec.n_obs_steps,
+        spec.horizon,
+        tuple(k for k in spec.observation if k != TASK and not k.startswith(GOAL)),
+        task_bytes=0 if text is None else text.size,
+        goal_keys=tuple(k.removeprefix(GOAL) for k in spec.observation if k.startswith(GOAL)),
+    )
+
+
+def policy_spec(config: TrainConfig) -> PolicySpec:
+    """What the run's policy reads and produces."""
+    options = options_of("policies", config.policy, "policy")
+    device = device_spec(config)
+    return specs.policy_spec(device, read_keys(device, config.observations), options)
+
+
+def instruction(config: TrainConfig, task: str) -> str:
+    """A recorded task in words: as configured, else as the registered task of this name says, else
+    its name, which imported data sets have in words."""
+    if task in config.instructions:
+        return config.instructions[task]
+    try:
+        found, name = family.find(task)
+    except ConfigError:
+        return task
+    return found.make_task(name, SimConfig()).instruction
 
 
 def policy_format(config: TrainConfig) -> PolicyFormat:
@@ -48,6 +87,9 @@ def policy_format(config: TrainConfig) -> PolicyFormat:
     from embodied.learn.learner import PolicyFormat
     from policies.build import build_policy
     from policies.checkpoint import policy_from_state, policy_state
+    from policies.normalizer import is_image
+
+    windows = window_spec(config)
 
     def make(statistics: Mapping[str, FeatureStats]) -> Any:
         options = {key: value for key, value in config.policy.items() if key != "name"}
@@ -55,12 +97,14 @@ def policy_format(config: TrainConfig) -> PolicyFormat:
             config.policy["name"],
             options,
             device_spec(config),
-            window_spec(config).observation_keys,
+            windows.observation_keys,
             statistics,
             seed=derive_seed(config.seed, "initial weights"),
         )
 
-    return PolicyFormat(make, policy_state, policy_from_state)
+    observation = device_spec(config).observation
+    states = [key for key in windows.observation_keys if not is_image(key, observation[key])]
+    return PolicyFormat((*states, "action"), make, policy_state, policy_from_state)
 
 
 def make_trainer(
@@ -68,21 +112,25 @@ def make_trainer(
     config: TrainConfig,
     on_metrics: Callable[[dict[str, Any]], None],
     start_loader: StartLoader | None = None,
+    governor: PublishGovernor | None = None,
 ) -> Trainer:
-    """The learner's side of the run; with start_loader, its batches come from that process."""
+    """The learner's side of the run; with start_loader, its batches come from that process; with
+    a governor, that says when weights go out."""
+    from embodied.learn.publishing import Publisher
     from embodied.learn.trainer import Trainer
 
     return Trainer(
         buffer=run.buffer,
         ram_bytes=config.buffer.ram_mib * MIB,
-        weights=WeightStore(run.weights),
+        publisher=Publisher(
+            WeightStore(run.weights), config.learner, sitting=run.sitting(), governor=governor
+        ),
         checkpoint=run.checkpoints,
-        window=window_spec(config),
+        open_sampling=lambda reader: make_sampling(config, reader),
         policy_format=policy_format(config),
         algorithm=make_algorithm(config),
         config=config.learner,
         seed=config.seed,
-        sitting=run.sitting(),
         on_metrics=on_metrics,
         start_loader=start_loader,
     )
@@ -103,9 +151,16 @@ def make_reader(run: RunDir, config: TrainConfig) -> ReplayReader:
     return ReplayReader(run.buffer, ram_bytes=config.buffer.ram_mib * MIB)
 
 
-def make_sampler(config: TrainConfig, reader: ReplayReader) -> WindowSampler:
+def make_sampling(config: TrainConfig, reader: ReplayReader) -> Sampling:
     """What the run's learner learns from."""
-    return WindowSampler(reader, window_spec(config), select=make_algorithm(config).select)
+    return open_sampling(
+        config.sampling,
+        reader,
+        window_spec(config),
+        make_algorithm(config).select,
+        lambda path: ReplayReader(path, ram_bytes=config.buffer.ram_mib * MIB),
+        partial(instruction, config),
+    )
 
 
 def import_demonstrations(
@@ -155,9 +210,55 @@ def film_paths(run: RunDir, seeds: range, label: str) -> dict[int, Path]:
     return {seed: run.path / "videos" / f"{label}-seed{seed}.mp4" for seed in seeds}
 
 
-def stored_policy(path: Path) -> tuple[Any, int, TrainConfig | None]:
-    """Policy and version of a policy folder, or of a run's newest weights with its configuration.
+def acting_policy(
+    path: Path, inference: InferenceConfig, *, rows: int
+) -> tuple[ActingPolicy, int, TrainConfig | None]:
+    """A stored policy, ready to act in batches of so many rows; sets the process's threads."""
+    import torch
 
+    from policies.inference.policy import ActingPolicy
+
+    torch.set_num_threads(inference.threads)
+    policy, version, stored = stored_policy(path)
+    return ActingPolicy(policy, inference, rows=rows), version, stored
+
+
+def deciding_policy(
+    path: Path | None, inference: InferenceConfig, *, rows: int
+) -> tuple[Policy, int, TrainConfig | None]:
+    """What decides: the stored policy, or the one that is served at inference.remote, with the
+    stored one as its fallback if that is asked for.
+
+    ConfigError for too few or too many of them, LinkError if no policy server is ready within
+    inference.patience_s.
+    """
+    if inference.remote is None:
+        if path is None:
+            raise ConfigError("name who decides: checkpoint=..., or inference.remote=...")
+        return acting_policy(path, inference, rows=rows)
+    if inference.fallback != (path is not None):
+        raise ConfigError(
+            f"inference.remote={inference.remote} decides: leave checkpoint null, or set "
+            "inference.fallback=true and checkpoint to the policy that decides when it does not"
+        )
+    local, version, stored = (
+        (None, -1, None) if path is None else acting_policy(path, inference, rows=rows)
+    )
+    remote = connect(
+        inference.remote,
+        patience_s=inference.patience_s,
+        connect_s=inference.patience_s,
+        local=local,
+        local_version=version,
+    )
+    return remote, remote.version, stored
+
+
+def stored_policy(path: Path) -> tuple[Any, int, TrainConfig | None]:
+    """Policy and version of a policy folder, or of a run's weights with its configuration: the
+    newest, unless others are pinned or newer ones are on trial.
+
+    The directory of a search for weights stands for the composed policy in it.
     Raises ConfigError if the path is neither, or the run has published nothing yet.
     """
     from policies.checkpoint import load_policy, policy_from_state
@@ -167,9 +268,12 @@ def stored_policy(path: Path) -> tuple[Any, int, TrainConfig | None]:
         return load_policy(path), -1, None
     if not run.exists():
         raise ConfigError(f"checkpoint={path} is neither a policy folder nor a run directory")
-    stored = convert(run.read_config(), TrainConfig)
+    config = run.read_config()
+    if "policies" in config:
+        return load_policy(path / "policy"), -1, None
+    stored = convert(config, TrainConfig)
     store = WeightStore(run.weights)
-    version = store.latest_version()
+    version = Trial(store).offered()
     if version is None:
         raise ConfigError(f"{path} has published no weights yet")
     arrays, manifest = store.load(version)

@@ -4,13 +4,19 @@ from typing import Any, Literal
 
 import msgspec
 
+from embodied.buffer.sample.sampling import SamplingConfig, check_sampling
 from embodied.buffer.steps.schema import Codecs
 from embodied.buffer.write.retention import Retention
 from embodied.core import config as core_config
 from embodied.core.errors import ConfigError
+from embodied.core.instructions import encode_instruction
+from embodied.core.registry import unknown
+from embodied.core.specs import DeviceSpec
 from embodied.learn.config import LearnerConfig
+from embodied.run.gateway_options import GatewayConfig
 from hal.gpus import one_gpu
 from hal.pool import selectors
+from policies.acting import InferenceConfig
 from sim import family
 from sim.family import SimConfig
 
@@ -104,11 +110,18 @@ class BufferConfig(_Struct, frozen=True):
 
 
 class TrainConfig(_Struct, frozen=True):
-    """Everything that defines a training run."""
+    """Everything that defines a training run.
+
+    observations: what the policy reads of the robot: keys, or patterns that end in "*"; null for
+    all, the pictures of sim.cameras included. All is recorded either way. instructions: words for
+    recorded tasks by name, where they are not a registered task's own (see build.instruction).
+    """
 
     task: str
     seed: int
     sim: SimConfig
+    observations: tuple[str, ...] | None
+    instructions: dict[str, str]
     run: RunConfig
     demonstrations: DemonstrationsConfig
     actors: ActorsConfig
@@ -117,6 +130,9 @@ class TrainConfig(_Struct, frozen=True):
     learner: LearnerConfig
     evaluation: EvaluationConfig
     buffer: BufferConfig
+    sampling: SamplingConfig
+    gateway: GatewayConfig
+    inference: InferenceConfig = msgspec.field(default_factory=InferenceConfig)
 
 
 class CollectConfig(_Struct, frozen=True):
@@ -133,10 +149,11 @@ class CollectConfig(_Struct, frozen=True):
 class EvalConfig(_Struct, frozen=True):
     """Evaluation of a checkpoint or a run's newest weights.
 
-    checkpoint: a policy folder or a run directory. task, sim: null takes the run's own.
+    checkpoint: a policy folder or a run directory; null with inference.remote. task, sim: null
+    takes the run's own.
     """
 
-    checkpoint: str
+    checkpoint: str | None
     task: str | None
     sim: SimConfig | None
     episodes: int
@@ -144,6 +161,55 @@ class EvalConfig(_Struct, frozen=True):
     rows: int
     videos: int
     output: str | None
+    inference: InferenceConfig = msgspec.field(default_factory=InferenceConfig)
+
+
+class ComposeConfig(_Struct, frozen=True):
+    """Search for the weights of a composed policy, and its report beside its parents.
+
+    policies: policy folders or run directories; labels: what they are called, by default the
+    folders' names. task, sim: null takes those of the first run among them. operator, search: a
+    registered name, or a name with options; operator "pooled" composes at sample level. total:
+    what the weights of operators "product" and "cfg" sum to. metric: an episode's score, its
+    success or the greatest value of a signal. demonstrations: a buffer's folder or a run's, for
+    Proposition 4.1's weights, where the search then starts; windows: how many of its windows.
+    episodes, first_seed: evaluation seeds of the report. output: everything is kept there, and an
+    interrupted search continues from it.
+    """
+
+    policies: tuple[str, ...]
+    labels: tuple[str, ...] | None
+    task: str | None
+    sim: SimConfig | None
+    operator: str | dict[str, Any]
+    total: float
+    solver: dict[str, Any] | None
+    guidance: dict[str, Any] | None
+    search: str | dict[str, Any]
+    metric: Literal["success", "reward", "coverage"]
+    demonstrations: str | None
+    windows: int
+    episodes: int
+    first_seed: int
+    rows: int
+    seed: int
+    output: str
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for numbers that cannot be used."""
+        for name in ("windows", "episodes", "rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        last = self.first_seed + self.episodes
+        if not 0 <= self.first_seed < last <= family.EVALUATION_SEEDS:
+            raise ConfigError(
+                f"seeds {self.first_seed} to {last - 1}: evaluation seeds lie in "
+                f"0..{family.EVALUATION_SEEDS - 1}"
+            )
+        if self.labels is not None and len(self.labels) != len(self.policies):
+            raise ConfigError(
+                f"labels names {len(self.labels)} policies, policies has {len(self.policies)}"
+            )
 
 
 def load_train(overrides: list[str]) -> TrainConfig:
@@ -154,8 +220,7 @@ def load_train(overrides: list[str]) -> TrainConfig:
 
 def check(config: TrainConfig) -> TrainConfig:
     """Raise ConfigError for values that contradict each other; return the same configuration."""
-    core_config.component("policies", config.policy, "policy")
-    core_config.component("networks", config.policy.get("network"), "policy.network")
+    _check_policy(config)
     algorithm, _ = core_config.component("algorithms", config.algorithm, "algorithm")
     _check_data(config, collects=algorithm.collects)
     learner = config.learner
@@ -173,13 +238,62 @@ def check(config: TrainConfig) -> TrainConfig:
         )
     if config.run.resume and config.run.dir is None:
         raise ConfigError("run.resume=true needs run.dir: the directory of the run to continue")
+    check_sampling(config.sampling)
+    expert = config.demonstrations.source == "expert"
+    config.gateway.check(config.run.mode, algorithm.collects, config.actors.count, expert)
     _check_devices(config)
+    if config.inference.remote is not None and config.run.mode == "lockstep":
+        raise ConfigError("run.mode=lockstep repeats bit for bit; a policy server does not")
+    if config.inference.device != "cpu":
+        raise ConfigError(
+            "inference.device=cuda is for embodied eval and record: a run leases its GPU for the "
+            "learner alone"
+        )
     if learner.device == "cuda":
         one_gpu(learner.gpu)
         if config.run.mode == "lockstep":
             raise ConfigError("run.mode=lockstep repeats bit for bit: it needs learner.device=cpu")
     _check_numbers(config)
     return config
+
+
+def _check_policy(config: TrainConfig) -> None:
+    options = core_config.options_of("policies", config.policy, "policy")
+    for kind, data, where in options.parts():
+        core_config.options_of(kind, data, where)
+    found, task = family.find(config.task)
+    device = found.make_driver(task, config.sim).spec
+    keys = read_keys(device, config.observations)
+    for key in options.goals:
+        if key not in keys:
+            raise unknown("key in policy.goals", key, keys)
+    if options.goals and found.make_expert(task, device) is None:
+        raise ConfigError(
+            f"policy.goals is {list(options.goals)}: the goals of evaluations are what the task's "
+            f"scripted expert ends with, and '{config.task}' has none"
+        )
+    if options.language is not None:
+        encoder = core_config.options_of("text_encoders", options.language, "policy.language")
+        words = [found.make_task(task, config.sim).instruction, *config.instructions.values()]
+        for text in words:
+            encode_instruction(text, encoder.max_bytes)
+
+
+def read_keys(device: DeviceSpec, wanted: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The device's observation keys that `wanted` names, in the device's order; see TrainConfig.
+
+    Raises ConfigError for a name or pattern that fits none.
+    """
+    if wanted is None:
+        return tuple(device.observation)
+    for name in wanted:
+        if not any(_matches(key, name) for key in device.observation):
+            raise unknown("observation key", name, device.observation)
+    return tuple(k for k in device.observation if any(_matches(k, name) for name in wanted))
+
+
+def _matches(key: str, name: str) -> bool:
+    return key.startswith(name[:-1]) if name.endswith("*") else key == name
 
 
 def _check_devices(config: TrainConfig) -> None:
@@ -200,7 +314,7 @@ def _check_data(config: TrainConfig, *, collects: bool) -> None:
     found, task = family.find(config.task)
     demonstrations = config.demonstrations
     if demonstrations.source == "dataset":
-        core_config.component("datasets", demonstrations.dataset, "demonstrations.dataset")
+        core_config.options_of("datasets", demonstrations.dataset, "demonstrations.dataset")
     elif demonstrations.source == "none" and not config.run.resume:
         raise ConfigError(
             "demonstrations.source=none: nothing would ever be learned; use expert or dataset"
@@ -221,7 +335,7 @@ def _check_data(config: TrainConfig, *, collects: bool) -> None:
 
 _AT_LEAST = {
     1: {
-        "actors": ("count", "rows", "ticks_per_round"),
+        "actors": ("rows", "ticks_per_round"),
         "learner": (
             "steps",
             "batch_size",
@@ -234,7 +348,7 @@ _AT_LEAST = {
         "buffer": ("segment_mib", "ram_mib"),
     },
     0: {
-        "actors": ("speed",),
+        "actors": ("count", "speed"),
         "learner": ("gpu_wait_s",),
         "demonstrations": ("noise",),
         "evaluation": ("episodes", "final_episodes", "videos"),
@@ -256,7 +370,16 @@ def _check_numbers(config: TrainConfig) -> None:
 
 def same_experiment(new: TrainConfig, stored: TrainConfig) -> None:
     """Raise ConfigError unless a resumed run asks for the same data, policy and algorithm."""
-    for field in ("task", "seed", "sim", "demonstrations", "policy", "algorithm"):
+    for field in (
+        "task",
+        "seed",
+        "sim",
+        "observations",
+        "instructions",
+        "demonstrations",
+        "policy",
+        "algorithm",
+    ):
         if getattr(new, field) != getattr(stored, field):
             raise ConfigError(
                 f"run.resume=true: {field} differs from the stored run's "

@@ -6,6 +6,8 @@ from pathlib import Path
 from embodied.core.frames import Frame
 from embodied.core.intervals import bootstrap_mean, wilson
 from embodied.core.protocols import Policy
+from embodied.run.goals import ExpertGoals
+from embodied.run.observing import check_robot
 from embodied.run.rollout import Result, Rollout, Start
 from embodied.run.video import Film
 from hal.group import DeviceGroup, make_group
@@ -23,6 +25,7 @@ class Evaluator:
         found, name = family.find(task)
         self.task = found.make_task(name, sim)
         self.film_fault: str | None = None
+        self._goals = ExpertGoals(task, sim)
         self._group = make_group(lambda row: family.make_device(task, sim, row=row), rows)
         self._experts = (
             [found.make_expert(name, self._group.spec) for _ in range(rows)]
@@ -44,13 +47,15 @@ class Evaluator:
         films: dict[int, Path] | None = None,
         on_result: Callable[[Result], None] | None = None,
         keep_going: Callable[[], bool] | None = None,
+        fresh: bool = True,
     ) -> list[Result]:
         """One episode from each start state; results in the order of `seeds`.
 
         policy None lets the scripted expert act. films: seed → mp4 file. keep_going is asked
-        after every tick; once it says no, what is finished is returned.
+        after every tick; once it says no, what is finished is returned. fresh: seeds must be
+        evaluation seeds; a search for what is to be evaluated uses others.
         """
-        if any(not 0 <= seed < EVALUATION_SEEDS for seed in seeds):
+        if fresh and any(not 0 <= seed < EVALUATION_SEEDS for seed in seeds):
             raise ValueError(f"evaluation seeds must lie in 0..{EVALUATION_SEEDS - 1}")
         waiting = list(reversed(seeds))
         filming: dict[int, tuple[Film, Path]] = {}
@@ -69,9 +74,15 @@ class Evaluator:
                 filming[row][0].picture()
 
         rollout = Rollout(
-            self._group, self.task, next_start=next_start, experts=self._experts, on_frame=on_frame
+            self._group,
+            self.task,
+            next_start=next_start,
+            experts=self._experts,
+            on_frame=on_frame,
+            goals=self._goals,
         )
         if policy is not None:
+            check_robot("policy", policy, self._group.spec, self.task, goals=True)
             rollout.set_policy(policy, version)
         finished: dict[int, Result] = {}
         while keep_going is None or keep_going():
@@ -90,6 +101,7 @@ class Evaluator:
     def close(self) -> None:
         """Close the simulated robots."""
         self._group.close()
+        self._goals.close()
 
 
 def summarise(results: Sequence[Result]) -> dict[str, float | int | list[float]]:

@@ -11,8 +11,8 @@ from embodied.core.rundir import RunDir
 from embodied.run import build
 from embodied.run.actor import Actor
 from embodied.run.config import TrainConfig
+from embodied.run.episode import Result
 from embodied.run.evaluate import Evaluator
-from embodied.run.rollout import Result
 from embodied.weights.store import WeightStore
 
 _DEMONSTRATION_TICKS = 1_000_000
@@ -143,6 +143,7 @@ class Lockstep:
 
     def _evaluate(self, evaluator: Evaluator, step: int, *, final: bool) -> None:
         from policies.checkpoint import policy_from_state
+        from policies.inference.policy import ActingPolicy
 
         evaluation = self._config.evaluation
         episodes = evaluation.final_episodes if final else evaluation.episodes
@@ -150,7 +151,11 @@ class Lockstep:
         if version is None or not episodes:
             return
         arrays, manifest = self._weights.load(version)
-        policy = policy_from_state(manifest.config, arrays)
+        policy = ActingPolicy(
+            policy_from_state(manifest.config, arrays),
+            self._config.inference,
+            rows=evaluation.rows,
+        )
         films = build.film_paths(self._run, range(evaluation.videos), f"step{step:07d}")
         results = evaluator.run(
             policy, version, range(episodes), films=films, keep_going=self._go_on
@@ -185,5 +190,6 @@ def result_row(result: Result) -> dict[str, Any]:
         "return": result.total_reward,
         "interventions": result.interventions,
         "version": result.policy_version,
+        "mixed": result.mixed,
         "demonstration": result.demonstration,
     }

@@ -14,6 +14,7 @@ from embodied.core.errors import ConfigError
 from embodied.core.protocols import Policy
 from embodied.core.specs import DeviceSpec
 from embodied.core.tasks import Task
+from embodied.run.fitting import fit_to
 from embodied.run.leased import LeasedRobot
 from embodied.run.record import Recorder
 from embodied.run.robots import check_spec
@@ -24,6 +25,7 @@ from hal.tasks import Operator, TaskConfig
 from hal.tasks import make_task as make_robot_task
 from hal.teleop.asking import PersonStopped
 from hal.teleop.session import Session
+from policies.acting import InferenceConfig
 from sim import family
 from sim.family import SimConfig
 
@@ -50,6 +52,7 @@ class RecordConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     align_speed: float
     wait_s: float
     output: str
+    inference: InferenceConfig = msgspec.field(default_factory=InferenceConfig)
 
     def __post_init__(self) -> None:
         if (self.task is None) == (self.robot_task is None):
@@ -125,6 +128,8 @@ class RecordSession:
         self.steps = 0
         """Steps of the running episode."""
         self.rejected = self.rerecorded = self.losses = 0
+        self.plan = ""
+        """Why the policy takes the solver steps that it takes; "" if it takes its own."""
 
     @property
     def complete(self) -> bool:
@@ -172,6 +177,7 @@ class RecordSession:
             on_step=on_step,
         )
         if self._policy is not None:
+            self.plan = fit_to(self._policy, device)
             rollout.set_policy(self._policy, self._version)
         rejected = self.rejected
         while not self.complete:

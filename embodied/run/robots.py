@@ -11,15 +11,16 @@ from embodied.core.specs import DeviceSpec
 from embodied.run.config import TrainConfig
 from hal.group import DeviceGroup, make_group
 from hal.pool.holding import Holding
-from hal.pool.leases import DeviceRecord
-from hal.pool.pool import Pool
+from hal.pool.leases import Allocation, DeviceRecord
+from hal.pool.pool import Pool, PoolBusyError
 from hal.pool.state import pool_path
 from hal.remote import RemoteDevice
 from sim import family
 
 _REPORT_S = 1.0
 _POLL_S = 0.5
-_TTL_S = 10.0
+_TTL_S = 5.0
+"""After an actor's death, until another one can have its robot."""
 
 
 class Robots(Protocol):
@@ -114,12 +115,8 @@ class LeasedRobots:
         if time.monotonic() - self._asked_s < _POLL_S:
             return None
         self._asked_s = time.monotonic()
-        if self._request is None:
-            self._request = self._pool.request(self._holder, self._selector, ttl_s=_TTL_S)
-        allocation = self._pool.poll(self._request)
+        allocation = self._poll()
         if allocation is None:
-            waiting = self._pool.waiting(self._request)
-            self.waiting_for = waiting.reason or f"number {waiting.position} in the queue"
             return None
         self._request, self.waiting_for = None, ""
         self._holding = Holding.of(self._pool, allocation)
@@ -135,6 +132,29 @@ class LeasedRobots:
             self.close()
             raise
         return self._group
+
+    def _poll(self) -> Allocation | None:
+        """Ask for a robot, or whether it can be had now; from the start if the pool forgot it."""
+        try:
+            if self._request is None:
+                self._request = self._pool.request(self._holder, self._selector, ttl_s=_TTL_S)
+            allocation = self._pool.poll(self._request)
+            if allocation is None:
+                waiting = self._pool.waiting(self._request)
+                self.waiting_for = waiting.reason or f"number {waiting.position} in the queue"
+            return allocation
+        except PoolBusyError as error:
+            self.waiting_for = str(error)
+        except LeaseError as error:
+            self.waiting_for = str(error)
+            self._cancel()
+        return None
+
+    def _cancel(self) -> None:
+        request, self._request = self._request, None
+        if request is not None:
+            with contextlib.suppress(LeaseError):
+                self._pool.cancel(request)
 
     def lost(self, error: EmbodiedError) -> bool:
         """Release what is left of the lease."""
@@ -152,9 +172,7 @@ class LeasedRobots:
     def close(self) -> None:
         """Release the lease, or leave the queue."""
         self.lost(LeaseError("closing"))
-        if self._request is not None:
-            with contextlib.suppress(LeaseError):
-                self._pool.cancel(self._request)
+        self._cancel()
         self._pool.close()
 
 

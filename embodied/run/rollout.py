@@ -8,13 +8,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from embodied.core.episodes import Step
-from embodied.core.errors import EmbodiedError
-from embodied.core.frames import Frame
-from embodied.core.protocols import Policy, Teleoperator
+from embodied.core.errors import EmbodiedError, NoActionError
+from embodied.core.frames import Frame, Observation
+from embodied.core.instructions import GOAL, TASK
+from embodied.core.protocols import Carry, Distant, Policy, Teleoperator
 from embodied.core.seeds import derive_seed, make_rng
 from embodied.core.tasks import Expert, Outcome, Task
+from embodied.run.episode import Result, Start
+from embodied.run.observing import check_readable
 from hal.commander import Commander
-from hal.group import DeviceGroup
+from hal.group import DeviceGroup, Leasable
 from hal.schedule import ChunkSchedule
 
 _SOURCES_KEPT = 64
@@ -22,34 +25,11 @@ _HANDED_TICKS = 4
 """A person's action is given for a few ticks, so that a late one is not a gap."""
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
-    """How a row begins its next episode. takeover_tick: see EpisodePlan; noise: on the expert."""
-
-    seed: int
-    takeover_tick: int | None = None
-    noise: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """One finished episode. peaks: greatest value of each signal; interventions: expert's ticks."""
-
-    row: int
-    seed: int
-    success: bool
-    ticks: int
-    total_reward: float
-    peaks: dict[str, float]
-    interventions: int
-    policy_version: int
-    demonstration: bool
-
-
 @dataclass(slots=True)
 class _Row:
     """A running episode. handed: a person acts now. sources: of each chunk by its number, the
-    policy version and whether it was an intervention; source: of the last one that moved."""
+    policy version and whether it was an intervention; source: of the last one that moved. carry:
+    what the policy remembers; it holds for a decision at carry_tick."""
 
     start: Start
     first_tick: int
@@ -59,18 +39,24 @@ class _Row:
     decisions: int = 0
     peaks: dict[str, float] = field(default_factory=dict)
     version: int = -1
+    mixed: bool = False
     handed: bool = False
     sources: dict[int, tuple[int, bool]] = field(default_factory=dict)
     source: tuple[int, bool] | None = None
+    carry: Carry | None = None
+    carry_tick: int = -1
 
 
 class Rollout:
     """Runs episodes on every row of a group, one tick of all rows at a time.
 
     next_start(row) gives the row's next episode, or None to leave it idle. on_step receives every
-    Step's fields that the sink needs; on_frame is called with (row, frame) for films.
+    Step's fields that the sink needs; on_frame is called with (row, frame) for films. goals gives
+    the goal of an episode by its seed, for policies that want one.
     Decisions of all rows that are due are taken in one batch, or, on robots whose time does not
-    wait, row by row while the committed actions play. A row's teleoperator takes over while a
+    wait, row by row while the committed actions play. Without a decision (NoActionError) such a
+    robot plays them to their end and holds, and is decided for again in the next tick; others wait
+    where they are. A row's teleoperator takes over while a
     person takes part. Between decisions `set_policy` swaps the weights. LeaseError and
     DeviceLostError end the rollout; the running episodes stay open and are never learned from.
     """
@@ -85,6 +71,7 @@ class Rollout:
         teleoperators: Sequence[Teleoperator | None] | None = None,
         on_step: Callable[[int, Step], None] | None = None,
         on_frame: Callable[[int, Frame], None] | None = None,
+        goals: Callable[[int], Observation] | None = None,
     ) -> None:
         self._group = group
         self._task = task
@@ -93,6 +80,7 @@ class Rollout:
         self._teleoperators = teleoperators or [None] * len(group)
         self._on_step = on_step
         self._on_frame = on_frame
+        self._goals = goals
         self._rows: list[_Row | None] = [None] * len(group)
         self._rngs = [make_rng(0)] * len(group)
         self._commanders = [Commander(device) for device in group.devices]
@@ -103,18 +91,27 @@ class Rollout:
         self.rejected = 0
         self.refusal = ""
         self._policy: Policy | None = None
+        self._text: np.ndarray | None = None
         self.version = -1
         self.latencies_s: list[float] = []
         self.ticks = 0
 
     def set_policy(self, policy: Policy, version: int) -> None:
-        """Use this policy from the next decision on."""
-        if policy.init(1) is not None:
-            raise EmbodiedError(
-                f"{type(policy).__name__} carries state between decisions; rollouts do not keep it"
-            )
+        """Use this policy from the next decision on; ConfigError if it reads what is not there."""
+        self._text = check_readable(
+            "policy", policy.spec, self._group.spec, self._task, goals=self._goals is not None
+        )
+        if policy is not self._policy:
+            for row in self._rows:
+                if row is not None:
+                    row.carry = None
         self._policy = policy
         self.version = version
+
+    @property
+    def devices(self) -> Sequence[Leasable]:
+        """The robots, row by row."""
+        return self._group.devices
 
     @property
     def idle(self) -> bool:
@@ -133,7 +130,7 @@ class Rollout:
         active = np.array([row is not None for row in self._rows])
         if not active.any():
             return []
-        self._decide()
+        active[self._decide()] = False
         ticks = [0 if row is None else row.frames[-1].tick for row in self._rows]
         self._group.advance([tick + 1 for tick in ticks], active)
         self.ticks += int(active.sum())
@@ -169,7 +166,8 @@ class Rollout:
         if self._on_frame:
             self._on_frame(index, frame)
 
-    def _decide(self) -> None:
+    def _decide(self) -> list[int]:
+        """Take the decisions that are due; the rows whose time waits for one that did not come."""
         due: list[int] = []
         for index, row in enumerate(self._rows):
             if row is None:
@@ -180,8 +178,13 @@ class Rollout:
                 self._supervise(index, row)
             elif self._policy is not None and self._schedules[index].due(row.frames[-1].tick):
                 due.append(index)
+        waiting: list[int] = []
         for batch in [[index] for index in due] if self._realtime else [due] if due else []:
-            self._act(batch)
+            try:
+                self._act(batch)
+            except NoActionError:
+                waiting += [] if self._realtime else batch
+        return waiting
 
     def _handed(self, index: int, row: _Row) -> bool:
         """Let a person act for this tick, if one takes part."""
@@ -191,6 +194,7 @@ class Rollout:
         frame = row.frames[-1]
         action_D = teleoperator.read(frame.observation)
         if action_D is not None:
+            row.carry = None
             actions_HD = np.repeat(action_D[None], _HANDED_TICKS, axis=0)
             self._submit(index, row, frame.tick, actions_HD, supervised=True)
         elif row.handed:
@@ -224,23 +228,52 @@ class Rollout:
         obs: dict[str, np.ndarray] = {}
         rows = [row for row in (self._rows[index] for index in due) if row is not None]
         for key in spec.observation:
-            obs[key] = np.stack([self._history(row, key, spec.n_obs_steps) for row in rows])
+            if key == TASK and self._text is not None:
+                obs[key] = np.tile(self._text, (len(rows), spec.n_obs_steps, 1))
+            elif key.startswith(GOAL) and self._goals is not None:
+                ends = [self._goals(row.start.seed)[key.removeprefix(GOAL)] for row in rows]
+                obs[key] = np.repeat(np.stack(ends)[:, None], spec.n_obs_steps, axis=1)
+            else:
+                obs[key] = np.stack([self._history(row, key, spec.n_obs_steps) for row in rows])
         seeds = [derive_seed(row.start.seed, "decision", row.decisions) for row in rows]
-        prefix_dD = self._schedules[due[0]].prefix(rows[0].frames[-1].tick)
+        schedule, tick = self._schedules[due[0]], rows[0].frames[-1].tick
+        prefix_dD = schedule.prefix(tick)
         prefix = None if prefix_dD is None else prefix_dD[None]
+        distant = self._policy if isinstance(self._policy, Distant) else None
+        if self._realtime and distant is not None:
+            distant.allow(*schedule.time_left_s(tick, spec.horizon, spec.n_action_steps))
         started_s = time.perf_counter()
-        _, actions_BHD = self._policy.act(None, obs, prefix=prefix, seed=np.array(seeds, np.int64))
+        carry, actions_BHD = self._policy.act(
+            self._carry(rows), obs, prefix=prefix, seed=np.array(seeds, np.int64)
+        )
         self.latencies_s.append(time.perf_counter() - started_s)
-        for index, row, actions_HD in zip(due, rows, actions_BHD, strict=True):
+        version = self.version if distant is None else distant.version
+        for place, (index, row) in enumerate(zip(due, rows, strict=True)):
+            actions_HD = actions_BHD[place]
+            row.mixed |= row.decisions > 0 and row.version != version
             row.decisions += 1
-            row.version = self.version
+            row.version = version
             frame = row.frames[-1]
+            row.carry = carry and {key: value[place : place + 1] for key, value in carry.items()}
+            row.carry_tick = frame.tick + spec.n_action_steps
             sensed_ns = max(frame.t_ns.values()) if self._realtime else 0
             elapsed_s = (time.monotonic_ns() - sensed_ns) / 1e9 if self._realtime else 0.0
             start_tick, rest_HD = self._schedules[index].decided(
                 frame.tick, actions_HD, spec.n_action_steps, elapsed_s
             )
             self._submit(index, row, start_tick, rest_HD, supervised=False)
+
+    def _carry(self, rows: Sequence[_Row]) -> Carry | None:
+        """What the policy remembers of these rows; nothing if it is not asked when it expects."""
+        assert self._policy is not None
+        fresh = self._policy.init(1)
+        if fresh is None:
+            return None
+        own = [
+            row.carry if row.carry and row.carry_tick == row.frames[-1].tick else fresh
+            for row in rows
+        ]
+        return {key: np.concatenate([carry[key] for carry in own]) for key in fresh}
 
     @staticmethod
     def _history(row: _Row, key: str, n_obs_steps: int) -> np.ndarray:
@@ -251,7 +284,7 @@ class Rollout:
     def _submit(
         self, index: int, row: _Row, start_tick: int, actions_HD: np.ndarray, *, supervised: bool
     ) -> None:
-        version = -1 if supervised else self.version
+        version = -1 if supervised else row.version
         ticket = self._commanders[index].send(
             actions_HD,
             obs_tick=row.frames[-1].tick,
@@ -265,6 +298,7 @@ class Rollout:
         self._schedules[index].accepted(ticket.first_tick, ticket.accepted_HD)
         if all(rejection.code == "late" for rejection in ticket.rejections):
             return
+        row.carry = None
         self.rejected += 1
         self.refusal = "; ".join(rejection.reason for rejection in ticket.rejections)
         if not self._realtime:
@@ -340,5 +374,6 @@ class Rollout:
             peaks=row.peaks,
             interventions=row.interventions,
             policy_version=row.version,
+            mixed=row.mixed,
             demonstration=row.interventions == ticks,
         )

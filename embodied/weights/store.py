@@ -4,25 +4,26 @@ import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from embodied.core.errors import ConfigError, CorruptDataError, EmbodiedError
 from embodied.core.files import fsync_directory, full_disk_named, write_atomic
 from embodied.weights.manifests import (
     MAX_MANIFEST_BYTES,
+    ActingForm,
+    UpdateManifest,
     WeightManifest,
     decode_manifest,
     encode_manifest,
     json_object,
     serialise,
+    tensors,
 )
 
 __all__ = ["VersionGoneError", "WeightManifest", "WeightStore", "WeightWatcher"]
@@ -50,6 +51,11 @@ class WeightStore:
         with full_disk_named(self._path):
             for directory in (self._blobs, self._versions, self._pins):
                 directory.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def path(self) -> Path:
+        """The store's folder."""
+        return self._path
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -89,14 +95,49 @@ class WeightStore:
         )
         encode_manifest(draft)
         with self._locked():
-            path = self._blob_path(draft.sha256)
-            if not _is_whole(path, draft):
-                write_atomic(path, blob)
+            self._keep_blob(draft, blob)
             while True:
                 version = (self.latest_version() or 0) + 1
                 manifest = msgspec.structs.replace(draft, version=version)
                 if _create(self._manifest_path(version), encode_manifest(manifest)):
                     return manifest
+
+    def adopt(self, update: UpdateManifest, arrays: Mapping[str, np.ndarray]) -> WeightManifest:
+        """Store a version that a learner published elsewhere, under its number, durably.
+
+        update: what the learner said, its config filled in. arrays: its acting form as arrays.
+        The same version may be adopted again, which heals its blob. Raises SpecError, and
+        ConfigError if another version has that number, or a newer one is here.
+        """
+        assert update.config is not None
+        blob = serialise(arrays)
+        manifest = WeightManifest(
+            version=update.version,
+            sha256=hashlib.sha256(blob).hexdigest(),
+            num_bytes=len(blob),
+            base=None,
+            config=update.config,
+            metadata=update.metadata,
+            acting=ActingForm(update.precision, update.sha256),
+        )
+        with self._locked():
+            latest = self.latest_version() or 0
+            if latest > update.version or (
+                latest == update.version and self.manifest(latest) != manifest
+            ):
+                raise ConfigError(
+                    f"weights version {update.version} cannot be adopted into {self._path}, which "
+                    f"has a version {latest} of its own: give each run's weights their own folder"
+                )
+            self._keep_blob(manifest, blob)
+            if latest < update.version:
+                _create(self._manifest_path(update.version), encode_manifest(manifest))
+        return manifest
+
+    def _keep_blob(self, manifest: WeightManifest, blob: bytes) -> None:
+        path = self._blob_path(manifest.sha256)
+        if not _is_whole(path, manifest):
+            write_atomic(path, blob)
 
     def versions(self) -> list[int]:
         """All versions that are there, ascending."""
@@ -120,37 +161,43 @@ class WeightStore:
             ) from None
         return decode_manifest(data, version, path)
 
-    def load(self, version: int) -> tuple[dict[str, np.ndarray], WeightManifest]:
+    def load(
+        self, version: int, memory: np.ndarray | None = None
+    ) -> tuple[dict[str, np.ndarray], WeightManifest]:
         """Arrays and manifest of a version, bit for bit what was published.
 
-        Raises VersionGoneError if it was pruned meanwhile, CorruptDataError that names the file.
+        memory: uint8, what to read into where it is large enough: the arrays are then views of it,
+        which the next use of it overwrites. Raises VersionGoneError if it was pruned meanwhile,
+        CorruptDataError that names the file.
         """
         manifest = self.manifest(version)
         path = self._blob_path(manifest.sha256)
         try:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                blob = file.read() if size == manifest.num_bytes else b""
+                if size != manifest.num_bytes:
+                    raise CorruptDataError(
+                        f"{path}, the blob of weights version {version}, has {size} bytes; "
+                        f"{manifest.num_bytes} are right"
+                    )
+                if memory is None or len(memory) < size:
+                    memory = np.empty(size, np.uint8)
+                blob = memory[: file.readinto(memory[:size].data)]
         except FileNotFoundError:
             self.manifest(version)  # raises VersionGoneError if both were pruned
             raise CorruptDataError(
                 f"{path}, the blob of weights version {version}, is missing"
             ) from None
-        if size != manifest.num_bytes:
-            raise CorruptDataError(
-                f"{path}, the blob of weights version {version}, has {size} bytes; "
-                f"{manifest.num_bytes} are right"
-            )
-        if hashlib.sha256(blob).hexdigest() != manifest.sha256:
+        if hashlib.sha256(blob.data).hexdigest() != manifest.sha256:
             raise CorruptDataError(
                 f"{path}, the blob of weights version {version}, does not have the SHA-256 in its "
                 "name"
             )
         try:
-            return safetensors.numpy.load(blob), manifest
-        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+            return tensors(blob), manifest
+        except CorruptDataError as error:
             raise CorruptDataError(
-                f"{path}, the blob of weights version {version}, is not safetensors: {error}"
+                f"{path}, the blob of weights version {version}, is {error}"
             ) from error
 
     def pin(self, version: int) -> None:
@@ -164,6 +211,10 @@ class WeightStore:
         with self._locked():
             (self._pins / f"{version:08d}").unlink(missing_ok=True)
 
+    def pinned(self) -> list[int]:
+        """Versions that are kept from being pruned, ascending."""
+        return sorted(int(n) for n in os.listdir(self._pins) if re.fullmatch(r"\d{8}", n))
+
     def prune(self, keep: int) -> list[int]:
         """Delete all versions but the newest `keep` and the pinned; returns the deleted.
 
@@ -173,7 +224,7 @@ class WeightStore:
             raise ConfigError(f"keep is {keep}; at least 1 version must stay")
         with self._locked():
             versions = self.versions()
-            pinned = {int(name) for name in os.listdir(self._pins) if re.fullmatch(r"\d{8}", name)}
+            pinned = set(self.pinned())
             gone = [version for version in versions[:-keep] if version not in pinned]
             for version in gone:
                 self._manifest_path(version).unlink(missing_ok=True)
@@ -200,19 +251,30 @@ class WeightWatcher:
     policy stays. last_error: why, until a newer one is whole; num_errors: how many were damaged.
     """
 
-    def __init__(self, store: WeightStore, version: int | None = None) -> None:
+    def __init__(
+        self,
+        store: WeightStore,
+        version: int | None = None,
+        choose: Callable[[], int | None] | None = None,
+    ) -> None:
+        """choose: the version to follow instead of the latest; one that is older is passed over."""
         self._store = store
+        self._choose = choose or store.latest_version
         self._seen = version or 0
+        self._memory = np.empty(0, np.uint8)
         self.version = version
         self.last_error: EmbodiedError | None = None
         self.num_errors = 0
 
     def poll(self) -> tuple[dict[str, np.ndarray], WeightManifest] | None:
-        """The newest version if it is newer than the last one returned; None if not."""
-        while (latest := self._store.latest_version() or 0) > self._seen:
+        """The newest version if it is newer than the last one returned; None if not. Its arrays
+        are good until the next call, which uses their memory again."""
+        while (latest := self._latest()) > self._seen:
             try:
-                loaded = self._store.load(latest)
+                loaded = self._store.load(latest, self._room_for(latest))
             except VersionGoneError:
+                if self._latest() == latest:
+                    return None
                 continue  # pruned between listing and reading, so a newer one is there
             except CorruptDataError as error:
                 self._seen = latest
@@ -223,6 +285,21 @@ class WeightWatcher:
             self.last_error = None
             return loaded
         return None
+
+    def _room_for(self, version: int) -> np.ndarray:
+        """The memory of the version before, or more."""
+        size = self._store.manifest(version).num_bytes
+        if len(self._memory) < size:
+            self._memory = np.empty(size, np.uint8)
+        return self._memory
+
+    def _latest(self) -> int:
+        """The version to follow; none if that cannot be read."""
+        try:
+            return self._choose() or 0
+        except CorruptDataError as error:
+            self.last_error = error
+            return 0
 
 
 def _is_whole(path: Path, manifest: WeightManifest) -> bool:

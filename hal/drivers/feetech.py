@@ -180,6 +180,7 @@ class FeetechBus:
     def _request(
         self, what: str, send: Callable[[Any, "_Line"], int], servos: Collection[int], size: int
     ) -> dict[int, Answer]:
+        silent = set(servos)
         missing: Collection[int] = servos
         damaged = False
         for attempt in range(self.retries + 1):
@@ -190,6 +191,8 @@ class FeetechBus:
             missing = [servo for servo in servos if servo not in answers]
             if not missing:
                 return answers
+            silent -= answers.keys()
+        missing = [servo for servo in missing if servo in silent] or missing
         labels = ", ".join(f"{servo} ({self._names.get(servo, '?')})" for servo in missing)
         manner = "answered with damaged bytes" if damaged else "did not answer"
         raise DeviceLostError(

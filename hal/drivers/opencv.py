@@ -69,7 +69,7 @@ class OpenCVCamera:
             ) from error
         self._source = _Source(self._config, self._cv2)
         try:
-            found = self._source.newest(max(_OPEN_S, self._config.timeout_s)).shape
+            found = self._source.newest(_first_s(self._config)).shape
             if found != self.spec.shape:
                 raise ConfigError(
                     f"{self._source.name} gives pictures of {found[1]}x{found[0]}; "
@@ -168,6 +168,10 @@ class _Source:
             capture.set(cv2.CAP_PROP_FPS, config.fps)
             capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
             return capture
-        wait_ms = round(1000 * config.timeout_s)
-        limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, wait_ms, cv2.CAP_PROP_READ_TIMEOUT_MSEC, wait_ms]
+        open_ms, read_ms = (round(1000 * s) for s in (_first_s(config), config.timeout_s))
+        limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, open_ms, cv2.CAP_PROP_READ_TIMEOUT_MSEC, read_ms]
         return cv2.VideoCapture(config.source, cv2.CAP_FFMPEG, limits)
+
+
+def _first_s(config: OpenCVConfig) -> float:
+    return max(_OPEN_S, config.timeout_s)

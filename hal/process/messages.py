@@ -273,7 +273,7 @@ def frames_of(header: Frames, arrays: Mapping[str, np.ndarray], spec: DeviceSpec
             arrays[name].tolist() for name in (_AT.tick, _AT.executed, _AT.held, _AT.seq)
         )
         actions = arrays[_AT.action]
-        signals = arrays[_AT.signals].tolist() if header.signals else [()] * header.count
+        signals = arrays[_AT.signals].tolist() if header.signals else [()] * len(ticks)
         contents = {key: arrays[_AT.observation + key] for key in spec.observation}
         times_ns = {key: arrays[_AT.times + key].tolist() for key in spec.observation}
         frames = [
@@ -288,6 +288,6 @@ def frames_of(header: Frames, arrays: Mapping[str, np.ndarray], spec: DeviceSpec
             )
             for k in range(header.count)
         ]
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise CorruptDataError(f"frames lack {error}") from error
     return frames

@@ -55,12 +55,13 @@ class Latch:
         """Read the files: a halt is new, or a person has removed one."""
         if self._folder is None:
             return
+        was_durable = self._durable  # else the file may appear after it was looked for
         self._host = self._seen(self._host_file, self._host)
         own = self._seen(self._own_file, self._own)
         with self._lock:
             if own:
                 self._own, self._durable = own, True
-            elif self._durable:
+            elif was_durable:
                 self._own, self._durable = "", False
 
     def set(self, reason: str) -> None:

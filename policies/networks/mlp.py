@@ -1,12 +1,11 @@
 """Residual MLP denoiser. Shapes: B batch, H chunk, D action, C conditioning, W width."""
 
-from typing import Annotated
-
-import msgspec
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from policies.configs import MLPConfig
+from policies.networks.stages import Context
 from policies.networks.time import SinusoidalTime
 
 
@@ -28,15 +27,9 @@ class ResidualBlock(nn.Module):
 class ResidualMLP(nn.Module):
     """Flattens the chunk and refines it by residual blocks that all see conditioning and time."""
 
-    class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-        """Sizes. hidden: units inside a block, 0 means width. depth: residual blocks."""
+    Config = MLPConfig
 
-        width: Annotated[int, msgspec.Meta(ge=8, le=8192)] = 512
-        hidden: Annotated[int, msgspec.Meta(ge=0, le=32768)] = 0
-        depth: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
-        time_dim: Annotated[int, msgspec.Meta(ge=4, le=1024, multiple_of=2)] = 64
-
-    def __init__(self, config: Config, action_dim: int, horizon: int, cond_dim: int) -> None:
+    def __init__(self, config: MLPConfig, action_dim: int, horizon: int, cond_dim: int) -> None:
         """action_dim: D. horizon: H. cond_dim: C."""
         super().__init__()
         width, size = config.width, horizon * action_dim
@@ -55,8 +48,16 @@ class ResidualMLP(nn.Module):
         self, x_BHD: torch.Tensor, time_B: torch.Tensor, cond_BC: torch.Tensor
     ) -> torch.Tensor:
         """Prediction [B, H, D] for noisy chunks, times in [0, 1] and conditioning [B, C]."""
+        return self.refine(x_BHD, self.prepare(time_B, cond_BC))
+
+    def prepare(self, time_B: torch.Tensor, cond_BC: torch.Tensor) -> Context:
+        """The activated context [B, W] (see Staged)."""
         both_BC = torch.cat([cond_BC, self.embed_time(time_B)], dim=-1)
-        context_BW = F.silu(self.context(both_BC))
+        return (F.silu(self.context(both_BC)),)
+
+    def refine(self, x_BHD: torch.Tensor, context: Context) -> torch.Tensor:
+        """Prediction [B, H, D] (see Staged)."""
+        (context_BW,) = context
         h_BW = self.inlet(x_BHD.flatten(1)) + context_BW
         for block in self.blocks:
             h_BW = block(h_BW, context_BW)

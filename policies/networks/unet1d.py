@@ -5,17 +5,16 @@ convolution blocks along the chunk, modulated by FiLM (Perez et al. 2018) from t
 and the time. Unlike its code, every level but the deepest has a skip connection.
 """
 
-from typing import Annotated
+import itertools
+from collections.abc import Iterator
 
-import msgspec
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from embodied.core.errors import ConfigError
+from policies.configs import Unet1DConfig
+from policies.networks.stages import Context
 from policies.networks.time import SinusoidalTime
-
-Channels = Annotated[int, msgspec.Meta(ge=8, le=4096)]
 
 
 class ConvBlock(nn.Module):
@@ -35,7 +34,7 @@ class ConvBlock(nn.Module):
 class FilmBlock(nn.Module):
     """Two ConvBlocks with a residual path; the context scales and shifts after the first."""
 
-    def __init__(self, n_in: int, n_out: int, n_context: int, config: "ConditionalUnet1D.Config"):
+    def __init__(self, n_in: int, n_out: int, n_context: int, config: Unet1DConfig):
         """n_in, n_out: channels. n_context: size of the context vector."""
         super().__init__()
         self.first = ConvBlock(n_in, n_out, config.kernel_size, config.n_groups)
@@ -43,40 +42,25 @@ class FilmBlock(nn.Module):
         self.film = nn.Linear(n_context, 2 * n_out)
         self.skip = nn.Conv1d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
 
-    def forward(self, x_BNL: torch.Tensor, context_BC: torch.Tensor) -> torch.Tensor:
+    def modulation(self, context_BC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and shift of every channel, each [B, n_out, 1], from the activated context."""
+        scale_BN1, shift_BN1 = self.film(context_BC)[..., None].chunk(2, dim=1)
+        return 1 + scale_BN1, shift_BN1
+
+    def forward(
+        self, x_BNL: torch.Tensor, scale_BN1: torch.Tensor, shift_BN1: torch.Tensor
+    ) -> torch.Tensor:
         """[B, n_in, L] → [B, n_out, L]."""
-        scale_BN, shift_BN = self.film(F.mish(context_BC)).chunk(2, dim=-1)
-        h_BNL = self.first(x_BNL) * (1 + scale_BN[..., None]) + shift_BN[..., None]
+        h_BNL = torch.addcmul(shift_BN1, self.first(x_BNL), scale_BN1)
         return self.second(h_BNL) + self.skip(x_BNL)
 
 
 class ConditionalUnet1D(nn.Module):
     """U-Net along the chunk; any horizon is padded to a multiple of the down-sampling."""
 
-    class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-        """Sizes. channels: one entry per level, each level halves the length of the one before."""
+    Config = Unet1DConfig
 
-        channels: Annotated[tuple[Channels, ...], msgspec.Meta(min_length=1, max_length=6)] = (
-            32,
-            64,
-            128,
-        )
-        kernel_size: Annotated[int, msgspec.Meta(ge=1, le=15)] = 5
-        n_groups: Annotated[int, msgspec.Meta(ge=1, le=256)] = 8
-        time_dim: Annotated[int, msgspec.Meta(ge=4, le=1024, multiple_of=2)] = 64
-
-        def __post_init__(self) -> None:
-            """Raise ConfigError for combinations that no layer can have."""
-            if self.kernel_size % 2 == 0:
-                raise ConfigError(f"kernel_size is {self.kernel_size}; it must be odd")
-            odd = [n for n in self.channels if n % self.n_groups]
-            if odd:
-                raise ConfigError(
-                    f"channels {odd} are no multiples of n_groups={self.n_groups}; "
-                    "change channels or n_groups"
-                )
-
-    def __init__(self, config: Config, action_dim: int, horizon: int, cond_dim: int) -> None:
+    def __init__(self, config: Unet1DConfig, action_dim: int, horizon: int, cond_dim: int) -> None:
         """action_dim: D. horizon: H, any. cond_dim: C."""
         super().__init__()
         channels = config.channels
@@ -115,23 +99,43 @@ class ConditionalUnet1D(nn.Module):
         self, x_BHD: torch.Tensor, time_B: torch.Tensor, cond_BC: torch.Tensor
     ) -> torch.Tensor:
         """Prediction [B, H, D] for noisy chunks, times in [0, 1] and conditioning [B, C]."""
+        return self.refine(x_BHD, self.prepare(time_B, cond_BC))
+
+    def prepare(self, time_B: torch.Tensor, cond_BC: torch.Tensor) -> Context:
+        """Scales and shifts of all blocks (see Staged)."""
         context_BC = torch.cat([self.time_mlp(self.embed_time(time_B)), cond_BC], dim=-1)
-        h_BNL = F.pad(x_BHD.transpose(1, 2), (0, self.padding), mode="replicate")
+        active_BC = F.mish(context_BC)
+        films = (block.modulation(active_BC) for block in self._blocks())
+        return tuple(itertools.chain.from_iterable(films))
+
+    def refine(self, x_BHD: torch.Tensor, context: Context) -> torch.Tensor:
+        """Prediction [B, H, D] (see Staged)."""
+        films = iter(context)
+        h_BNL = x_BHD.transpose(1, 2)
+        if self.padding:
+            h_BNL = F.pad(h_BNL, (0, self.padding), mode="replicate")
         skips: list[torch.Tensor] = []
         for level, blocks in enumerate(self.down):
-            h_BNL = _apply(blocks, h_BNL, context_BC)
+            h_BNL = _apply(blocks, h_BNL, films)
             if level < len(self.shrink):
                 skips.append(h_BNL)
                 h_BNL = self.shrink[level](h_BNL)
-        h_BNL = _apply(self.middle, h_BNL, context_BC)
+        h_BNL = _apply(self.middle, h_BNL, films)
         for grow, blocks in zip(self.grow, self.up, strict=True):
             h_BNL = torch.cat([grow(h_BNL), skips.pop()], dim=1)
-            h_BNL = _apply(blocks, h_BNL, context_BC)
+            h_BNL = _apply(blocks, h_BNL, films)
         out_BHD = self.outlet(self.last(h_BNL)).transpose(1, 2)
         return out_BHD[:, : x_BHD.shape[1]]
 
+    def _blocks(self) -> Iterator[FilmBlock]:
+        """In the order of `refine`."""
+        for blocks in (*self.down, self.middle, *self.up):
+            for block in blocks.children():
+                assert isinstance(block, FilmBlock)
+                yield block
 
-def _apply(blocks: nn.Module, x_BNL: torch.Tensor, context_BC: torch.Tensor) -> torch.Tensor:
+
+def _apply(blocks: nn.Module, x_BNL: torch.Tensor, films: Iterator[torch.Tensor]) -> torch.Tensor:
     for block in blocks.children():
-        x_BNL = block(x_BNL, context_BC)
+        x_BNL = block(x_BNL, next(films), next(films))
     return x_BNL

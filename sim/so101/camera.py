@@ -35,7 +35,8 @@ CAMERAS = ("front", "wrist")
 _QUALITY = 85
 _NICENESS = 10
 _ANSWER_S = 1.0
-_FRESH_S = 5.0
+_FIRST_S, _FRESH_S = 30.0, 5.0
+"""Waited for a camera's first picture, which a renderer is built for, and for others."""
 _BOUNDARY = b"picture"
 
 
@@ -57,7 +58,8 @@ class Stream:
     def wait(self, count: int) -> tuple[bytes, int]:
         """The first picture after number `count`, with its number; LinkError if none comes."""
         with self.changed:
-            if not self.changed.wait_for(lambda: self.count > count, _FRESH_S):
+            timeout_s = _FRESH_S if self.count else _FIRST_S
+            if not self.changed.wait_for(lambda: self.count > count, timeout_s):
                 raise LinkError("no new picture; is the arm's process running?")
             return self.jpeg, self.count
 

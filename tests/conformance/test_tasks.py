@@ -1,9 +1,8 @@
-"""Every registered task family keeps the same promises. All tasks: EMBODIED_ALL_TASKS=1."""
-
-import os
+"""Every registered task family keeps the same promises. All tasks: EMBODIED_FULL=1."""
 
 import numpy as np
 import pytest
+from sizes import FULL
 
 from embodied.core import registry
 from embodied.core.frames import Chunk
@@ -24,7 +23,7 @@ _ONE_EACH = {
 
 
 def _tasks() -> list[str]:
-    if os.environ.get("EMBODIED_ALL_TASKS"):
+    if FULL:
         return family.task_names()
     return [_ONE_EACH.get(name, name) for name in registry.names("tasks")]
 

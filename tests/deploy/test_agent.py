@@ -72,7 +72,8 @@ def test_a_lease_moves_the_arm_and_its_end_holds_it(host):
     np.testing.assert_allclose(arm.state().q_rad, goal, atol=0.06)
 
 
-@pytest.mark.parametrize("number", BOTH)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 def test_an_actor_that_stops_or_dies_stops_the_arm(host, moving, number):
     os.kill(moving.pid, number)
     stopped_s = host.standstill_s()
@@ -106,6 +107,7 @@ def test_an_agent_that_stops_or_dies_stops_the_arm(host, moving, number):
     host.mover()
 
 
+@pytest.mark.slow
 def test_a_servo_process_that_stops_is_killed_the_arm_held_and_the_halt_latched(host, moving):
     pid = host.servo_pid()
     os.kill(pid, signal.SIGSTOP)
@@ -163,6 +165,7 @@ def test_an_unplugged_arm_is_lost_and_comes_back(host, moving):
     check_limits(host)
 
 
+@pytest.mark.slow
 def test_the_emergency_stop_needs_no_agent_and_survives_its_restart(host, moving):
     from embodied.cli.main import main
 
@@ -181,6 +184,7 @@ def test_the_emergency_stop_needs_no_agent_and_survives_its_restart(host, moving
     host.mover()
 
 
+@pytest.mark.slow
 def test_a_second_agent_for_the_same_robot_is_refused_and_harms_nothing(host):
     host.virtual_arm(seed=7)
     first = host.arm_agent()

@@ -206,7 +206,7 @@ def test_neither_a_locked_pool_nor_a_hanging_nvidia_smi_stalls_the_robot(host, h
     assert [frame.tick for frame in frames] == list(range(first, first + spent))
     assert not any(frame.held for frame in frames)
     assert np.ptp([frame.action for frame in frames], axis=0).max() > 0.5, "it moved"
-    said, _ = devices.communicate(timeout=60)
+    said, _ = devices.communicate(timeout=120)
     assert devices.returncode == 0, said
     rows = {found["id"]: found for found in json.loads(said)}
     assert "silent" in rows["gpu"]["reason"] and rows["left"]["holder"] == "mover"

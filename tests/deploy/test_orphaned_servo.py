@@ -55,6 +55,7 @@ def stands(host):
     np.testing.assert_allclose(host.arm.state().q_rad, state.q_rad, atol=0.02)
 
 
+@pytest.mark.slow
 def test_the_next_watchdog_kills_the_stopped_servo_process_holds_and_latches(host, moving):
     servo = orphan(host)
     assert gone(servo), host.text()
@@ -67,19 +68,21 @@ def test_the_next_watchdog_kills_the_stopped_servo_process_holds_and_latches(hos
     host.mover()
 
 
+@pytest.mark.slow
 def test_an_agent_that_ends_meanwhile_finishes_it_itself(host, moving):
     agent = host.agent_process
     os.kill(agent.pid, signal.SIGSTOP)
     servo = orphan(host)
     agent.terminate()
     os.kill(agent.pid, signal.SIGCONT)
-    assert agent.wait(timeout=30) == 0, host.text()
+    assert agent.wait(timeout=120) == 0, host.text()
     assert gone(servo, timeout_s=1.0), host.text()
     stands(host)
     host.arm_agent()
     assert host.wait("halted") == STOPPED
 
 
+@pytest.mark.slow
 def test_the_next_agent_finishes_what_a_killed_one_left(host, moving):
     agent = host.agent_process
     os.kill(agent.pid, signal.SIGSTOP)
@@ -104,7 +107,7 @@ def test_a_servo_process_that_does_not_end_when_its_agent_stops_is_killed_and_th
     agent.terminate()
     time.sleep(0.2)
     os.kill(watchdog, signal.SIGCONT)
-    assert agent.wait(timeout=30) == 0, host.text()
+    assert agent.wait(timeout=120) == 0, host.text()
     assert gone(servo, timeout_s=1.0)
     stands(host)
     host.arm_agent()

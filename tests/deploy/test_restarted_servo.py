@@ -6,6 +6,8 @@ import signal
 import threading
 import time
 
+import pytest
+
 from embodied.core.errors import DeviceLostError, LeaseError
 from hal.commander import Commander
 from hal.pool.holding import Holding
@@ -22,6 +24,7 @@ def connected(address, token):
             assert time.monotonic() < deadline_s
 
 
+@pytest.mark.slow
 def test_a_replaced_servo_process_never_takes_the_old_lease_and_the_next_one_at_once(host):
     host.agent("+robot@robots.sim=simulated", "robots.sim.driver.task=so101/reach")
     host.wait("ready", "degraded", name="sim", timeout_s=60.0)

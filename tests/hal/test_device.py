@@ -37,6 +37,14 @@ def device(point_driver):
         yield opened
 
 
+def test_for_a_holder_a_device_that_is_not_open_yet_is_lost(point_driver):
+    """A servo process answers while it still looks for its robot; the holder asks again later."""
+    device = Device(point_driver, info=INFO)
+    for ask in (lambda: device.tick, lambda: device.frames(0), lambda: device.advance(1)):
+        with pytest.raises(DeviceLostError, match="not open"):
+            ask()
+
+
 def test_every_tick_has_a_frame_with_the_action_that_was_executed(device, point_driver):
     actions = np.linspace(-1, 1, 12).reshape(6, 2).astype(np.float32)
     device.submit(chunk(0, actions, seq=1))

@@ -79,7 +79,11 @@ def test_a_picture_that_is_too_large_or_empty_is_refused(clock):
 @pytest.fixture
 def simulated(host):
     """The simulated SO-101 behind an agent, leased."""
-    host.agent("+robot@robots.sim=simulated", "robots.sim.driver.task=so101/reach")
+    host.agent(
+        "+robot@robots.sim=simulated",
+        "robots.sim.driver.task=so101/reach",
+        "+robots.sim.safety.heartbeat_s=5.0",  # drawing takes every core that there is
+    )
     host.wait("ready", "degraded", name="sim", timeout_s=60.0)
     with (
         Holding(host.pool, "test", "id=sim", timeout_s=10) as held,

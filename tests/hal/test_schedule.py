@@ -109,6 +109,25 @@ class RealFollower(Follower):
         self.position = action_D
 
 
+def listen(schedule):
+    """(tick, prefix) of each decision, and what the device accepted, by absolute tick."""
+    told, playing = [], {}
+    prefix, accepted = schedule.prefix, schedule.accepted
+
+    def telling(tick):
+        found = prefix(tick)
+        if found is not None:
+            told.append((tick, found.copy()))
+        return found
+
+    def accepting(first_tick, actions_HD):
+        playing.update({first_tick + k: action for k, action in enumerate(actions_HD)})
+        accepted(first_tick, actions_HD)
+
+    schedule.prefix, schedule.accepted = telling, accepting
+    return told, playing
+
+
 def test_inference_runs_while_the_committed_actions_play():
     class Real:
         """Only what a real driver has."""
@@ -134,6 +153,7 @@ def test_inference_runs_while_the_committed_actions_play():
             on_step=lambda row, step: steps.append(step),
         )
         rollout.set_policy(policy, 3)
+        told, playing = listen(rollout._schedules[0])
         results = []
         while not results:
             results = rollout.tick()
@@ -143,4 +163,8 @@ def test_inference_runs_while_the_committed_actions_play():
     assert all(step.policy_version == 3 for step in moving)
     given_prefixes = [prefix for prefix in policy.prefixes if prefix is not None]
     assert len(given_prefixes) >= 4 and all(p.shape[1] >= 2 for p in given_prefixes[1:])
+    assert told and len(told) == len(given_prefixes)
+    for (tick, prefix), got in zip(told, given_prefixes, strict=True):
+        np.testing.assert_array_equal(got[0], prefix)
+        np.testing.assert_array_equal(prefix, [playing[tick + k] for k in range(len(prefix))])
     assert device.info.counts.get("underruns", 0) == 0

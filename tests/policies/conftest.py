@@ -5,15 +5,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gaussians import KINDS, ideal
 from torch import nn
 
-from embodied.core.specs import ArraySpec, DeviceSpec
-from policies.base import GenerativePolicy
-from policies.build import build_policy
+from embodied.core.specs import ArraySpec, DeviceSpec, PolicySpec
+from policies.build import build_critic, build_policy
+from policies.chunk import ChunkPolicy
+from policies.compose.build import compose
+from policies.critics.configs import ImprovementConfig
+from policies.critics.ensemble import EnsembleCritic
+from policies.improved import improved
 
 SMALL = {
     "mlp": {"name": "mlp", "width": 32, "depth": 1, "time_dim": 16},
     "unet1d": {"name": "unet1d", "channels": [8, 16], "n_groups": 4, "time_dim": 16},
+    "dit": {"name": "dit", "width": 16, "depth": 2, "heads": 2, "time_dim": 16},
+}
+SMALL_CRITIC = {"head": {"name": "scalar"}, "horizon": 4, "members": 3, "width": 16}
+SMALL_ACT = {"width": 16, "heads": 2, "encoder_depth": 1, "latent_dim": 4}
+
+FLAT = ("flow", "diffusion")
+COMPOSED = {
+    "composed": {"name": "mix", "weights": [0.4, 0.6]},
+    "pooled": {"name": "pooled", "proposals": 2},
 }
 
 
@@ -49,12 +63,24 @@ class Fixtures:
 
     def policy(
         self, name: str = "flow", *, device: DeviceSpec | None = None, seed: int = 0, **options: Any
-    ) -> GenerativePolicy[Any]:
+    ) -> Any:
+        if name in COMPOSED:
+            pair = {kind: self.policy(kind, device=device, seed=seed, **options) for kind in FLAT}
+            return compose(pair, COMPOSED[name])
+        if name == "improved":
+            base = self.policy(device=device, seed=seed, **options)
+            improvement = ImprovementConfig(proposals=6, kept=3, steps=2, step_size=0.1)
+            return improved(base, self.critic(base.spec, seed=seed), improvement)
         device = device or self.device()
-        network = options.get("network", "mlp")
-        network = SMALL[network] if isinstance(network, str) else network
-        config = {"horizon": 6, "n_action_steps": 3, **options, "network": network}
+        network = options.pop("network", "mlp")
+        sizes: dict[str, Any] = SMALL_ACT
+        if name != "act":
+            sizes = {"network": SMALL[network] if isinstance(network, str) else network}
+        config = {"horizon": 6, "n_action_steps": 3, **options, **sizes}
         return build_policy(name, config, device, device.observation, self.all_stats(), seed=seed)
+
+    def critic(self, spec: PolicySpec, *, seed: int = 0, **options: Any) -> EnsembleCritic:
+        return build_critic(SMALL_CRITIC | options, spec, self.all_stats(), seed=seed)
 
     def obs(self, batch: int, seed: int = 0) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(seed)
@@ -73,7 +99,7 @@ class Fixtures:
             "action_is_pad": np.zeros((batch, horizon), bool),
         }
 
-    def awaken(self, policy: GenerativePolicy[Any], seed: int = 5) -> GenerativePolicy[Any]:
+    def awaken(self, policy: Any, seed: int = 5) -> Any:
         """Random weights everywhere, the zero-initialised output layer included."""
         rng = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -83,9 +109,9 @@ class Fixtures:
 
     def analytic(
         self,
-        policy: GenerativePolicy[Any],
+        policy: ChunkPolicy[Any],
         function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    ) -> GenerativePolicy[Any]:
+    ) -> ChunkPolicy[Any]:
         """Put a closed form f(x_BHD, time_B11) in the place of the network, in double precision."""
 
         class Analytic(nn.Module):
@@ -101,3 +127,23 @@ class Fixtures:
 @pytest.fixture
 def make() -> Fixtures:
     return Fixtures()
+
+
+@pytest.fixture
+def gaussian(make):
+    def build(kind, mean, sigma, **options):
+        name, extra = KINDS[kind]
+        policy = make.policy(name, **extra, **options)
+        table = make.policy("diffusion").alpha_bar_N.double()
+        return make.analytic(policy, ideal(kind, mean, sigma, table))
+
+    return build
+
+
+@pytest.fixture
+def integrate(make):
+    def go(policy, x, generators=None):
+        policy = policy.double()
+        return policy.integrate(x, policy.encode(make.obs(len(x))), generators)
+
+    return go

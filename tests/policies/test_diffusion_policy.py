@@ -90,7 +90,7 @@ def test_ddim_reproduces_its_closed_form(make, prediction_type):
 
 def test_ddpm_reproduces_its_closed_form(make):
     policy = make.policy("diffusion", scheduler="ddpm", clip_sample=False)
-    assert policy.num_steps == 100
+    assert len(policy.solver.log_snrs) == 100
     make.analytic(policy, exact("epsilon"))
     variance = 1.0
     for t in range(99, -1, -1):
@@ -198,10 +198,10 @@ def test_time_of_a_log_snr_interpolates_and_saturates(make):
     policy = make.policy("diffusion").double()
     log_snr = torch.logit(policy.alpha_bar_N)
     torch.testing.assert_close(
-        policy._time(log_snr), torch.arange(100).double() / 100, atol=1e-6, rtol=0
+        policy.time_of(log_snr), torch.arange(100).double() / 100, atol=1e-6, rtol=0
     )
     middle = (log_snr[40] + log_snr[41]) / 2
-    outside = policy._time(torch.stack([middle, middle * 0 + 99, middle * 0 - 99]))
+    outside = policy.time_of(torch.stack([middle, middle * 0 + 99, middle * 0 - 99]))
     torch.testing.assert_close(
         outside, torch.tensor([0.405, 0.0, 0.99]).double(), atol=1e-6, rtol=0
     )

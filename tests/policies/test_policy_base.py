@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from embodied.core.errors import CorruptDataError, SpecError
 from policies import noise
+from policies.acting import RtcConfig
 from policies.arrays import without_padding
 
 
@@ -106,14 +107,17 @@ def test_actions_are_float32_and_inside_float64_bounds(make):
 
 def test_a_prefix_heads_the_chunk_and_must_fit(make):
     policy, seed = make.policy(), np.array([0, 1])
+    policy.rtc = RtcConfig(mode="copy")
     prefix = np.full((2, 1, policy.spec.action.size), 0.25, np.float32)
     _, free = policy.act(None, make.obs(2), seed=seed)
     _, chunk = policy.act(None, make.obs(2), prefix=prefix, seed=seed)
     np.testing.assert_array_equal(chunk[:, :1], prefix)
     np.testing.assert_array_equal(chunk[:, 1:], free[:, 1:])
-    for wrong in (prefix[:1], prefix[:, :0], prefix[..., :1], prefix.repeat(99, axis=1)):
+    for wrong in (prefix[:1], prefix[:, :0], prefix[..., :1]):
         with pytest.raises(SpecError, match="prefix has shape"):
             policy.act(None, make.obs(2), prefix=wrong, seed=seed)
+    with pytest.raises(SpecError, match=r"4 actions are committed.*at most 3"):
+        policy.act(None, make.obs(2), prefix=prefix.repeat(4, axis=1), seed=seed)
 
 
 def test_observations_that_do_not_fit_are_named(make):

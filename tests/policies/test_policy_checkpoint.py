@@ -61,7 +61,7 @@ def test_round_trip_acts_bit_for_bit(make, tmp_path, name, network):
 
 
 def test_normalisers_travel(make, policy, saved):
-    assert load_policy(saved)._observation[0].scale.tolist() == [2.0, 2.0, 2.0]
+    assert load_policy(saved).encoder.normalizers[0].scale.tolist() == [2.0, 2.0, 2.0]
 
 
 def test_saving_again_replaces(make, policy, saved):
@@ -139,6 +139,20 @@ def test_a_giant_configuration_is_refused_without_its_memory(policy):
     with pytest.raises(CorruptDataError, match=r"the policy has|missing"):
         policy_from_state(config, arrays)
     assert time.perf_counter() - started < 2
+
+
+def test_shapes_of_a_large_policy_with_pictures_are_known_at_once(policy):
+    """Three cameras of 224 × 224 pixels, each with a ResNet-18 of its own: 35 M parameters."""
+    config, arrays = policy_state(policy)
+    camera = {"shape": [224, 224, 3], "dtype": "uint8"}
+    config["spec"]["observation"] |= {f"observation.images.{n}": camera for n in range(3)}
+    config["options"]["images"]["encoder"] = {"name": "resnet18"}
+    started = time.perf_counter()
+    expected = checkpoint._expected_arrays(config)
+    with pytest.raises(CorruptDataError, match="missing"):
+        policy_from_state(config, arrays)
+    assert time.perf_counter() - started < 2
+    assert sum(np.prod(shape) for shape, _ in expected.values()) > 3 * 11_170_000
 
 
 def test_arrays_must_be_exactly_the_policys(policy):

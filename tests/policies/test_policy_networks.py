@@ -9,6 +9,7 @@ from policies.networks.time import SinusoidalTime
 SMALL = {
     "mlp": {"width": 32, "depth": 2},
     "unet1d": {"channels": [8, 16, 16], "n_groups": 4, "time_dim": 16},
+    "dit": {"width": 16, "depth": 2, "heads": 2, "time_dim": 16},
 }
 
 
@@ -90,3 +91,23 @@ def test_impossible_sizes_are_refused():
     ):
         with pytest.raises(ConfigError, match=match):
             component("networks", options, "policy")
+
+
+@pytest.mark.parametrize("options", [{"positions": "sinusoidal"}, {"qk_norm": True}])
+def test_dit_variants_learn_and_tell_steps_apart(options):
+    torch.manual_seed(0)
+    cls, config = component("networks", {"name": "dit", **SMALL["dit"], **options}, "policy")
+    net = awaken(cls(config, 3, 8, 5))
+    x, time, cond = torch.randn(4, 1, 3).expand(4, 8, 3), torch.rand(4), torch.randn(4, 5)
+    out = net(x, time, cond)
+    assert (out[:, 1:] != out[:, :1]).any(dim=2).all()
+    out.square().sum().backward()
+    for key, parameter in net.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, key
+
+
+def test_dit_blocks_begin_as_the_identity():
+    net = build("dit")
+    x, context = torch.randn(4, 8, 16), torch.randn(4, 16)
+    for block in net.blocks:
+        assert torch.equal(block(x, block.modulation(context)), x)

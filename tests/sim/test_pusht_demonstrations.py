@@ -106,3 +106,21 @@ def test_a_dataset_of_another_task_is_refused(tmp_path, capsys):
     ]
     assert main(arguments) == 2
     assert "holds task 'pusht'" in " ".join(capsys.readouterr().err.split())
+
+
+def test_pictures_are_read_from_a_zarr_archive(tmp_path):
+    import zarr
+    from zarr.storage import ZipStore
+
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (700, 4, 4, 3)).astype(np.float32)
+    path = tmp_path / "demos.zarr.zip"
+    with ZipStore(path, mode="w") as store:
+        root = zarr.open_group(store, mode="w")
+        root["data/state"] = rng.uniform(0, 512, (700, 5)).astype(np.float32)
+        root["data/action"] = rng.uniform(0, 512, (700, 2)).astype(np.float32)
+        root["meta/episode_ends"] = np.array([300, 700])
+        root["data/img"] = pictures
+    steps = [step for episode in demonstrations(path, images=True).episodes() for step in episode]
+    found = np.stack([step.observation["observation.images.top"] for step in steps])
+    assert found.dtype == np.uint8 and np.array_equal(found, pictures)

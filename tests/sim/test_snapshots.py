@@ -9,8 +9,15 @@ from sim import family
 from sim.driver import Simulated
 from sim.family import SimConfig
 
+TASKS = [
+    "so101/reach",
+    "metaworld/reach",
+    pytest.param("robosuite/Lift", marks=pytest.mark.slow),
+    "pointmass",
+]
 
-@pytest.mark.parametrize("task", ["so101/reach", "metaworld/reach", "robosuite/Lift", "pointmass"])
+
+@pytest.mark.parametrize("task", TASKS)
 def test_a_snapshot_is_the_picture_of_its_moment(task):
     if task not in family.task_names():
         pytest.skip(f"the simulator of {task} is not installed")

@@ -7,7 +7,10 @@ from pathlib import Path
 from disk import RecordingStorage
 from story import Key, Story, check_steps, make_episode, steps_in_log, steps_in_reader
 
+from embodied.buffer.log.segments import SegmentFile, Walk, list_segments, segment_path
 from embodied.buffer.read.replay import ReplayReader
+from embodied.buffer.steps.blocks import Block
+from embodied.buffer.steps.chunks import Covered, load_chunks
 from embodied.core.episodes import Step
 
 
@@ -20,12 +23,36 @@ def read(path: Path) -> tuple[dict[Key, Step], set[tuple[str, int]]]:
         return steps, {info.key for info in reader.finished()}
 
 
+def open_segment_by_chunks(path: Path) -> Covered | None:
+    """How far the chunks of the open segment go; what is found with them is what is found without.
+
+    None if there is no open segment.
+    """
+    numbers = [number for number, sealed in list_segments(path).items() if not sealed]
+    if not numbers:
+        return None
+    whole = segment_path(path, numbers[-1], sealed=False)
+    scanned = Block.read(whole, numbers[-1])
+    with SegmentFile(whole, numbers[-1]) as file:
+        block, covered = load_chunks(path, file)
+        block.extend(Walk(file, covered.end, covered.last_seq))
+    for name in ("segment", "episodes", "controls", "damaged", "next_seq"):
+        assert getattr(block, name) == getattr(scanned, name), name
+    assert list(block.rows) == list(scanned.rows)
+    for number, rows in scanned.rows.items():
+        assert block.rows[number].schema == rows.schema
+        assert block.rows[number].bytes.tobytes() == rows.bytes.tobytes()
+    return covered
+
+
 def check(path: Path, story: Story, at: int, rng: random.Random, counts: Counter) -> Story:
     """Everything that must hold of a directory that a crash after `at` operations has left.
 
     Returns the story of how it was opened again and written to.
     """
     required, deleted = story.required(at), story.deleted(at)
+    covered = open_segment_by_chunks(path)
+    counts["steps from chunks"] += sum(covered.rows) if covered else 0
     logged = steps_in_log(path)
     check_steps(logged, story.steps)
     found, closed = read(path)

@@ -6,13 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from follower import FOLLOWER_SPEC, Follower
+from sizes import size
 
 from embodied.core.frames import Chunk
 from hal.device import Device
 from hal.health import DeviceInfo
 from hal.safety.config import SafetyConfig
 
-SEEDS = 1000
+SEEDS = size(1000, 200)
 INFO = DeviceInfo("arm:0", "arm", "here")
 MOTION = FOLLOWER_SPEC.motion
 TICK_S = 1 / FOLLOWER_SPEC.tick_hz
@@ -21,7 +22,7 @@ SAFETY = SafetyConfig()
 
 
 def many_seeds(few):
-    """Parametrises `seeds`: a few of them in the fast suite, 1,000 in the slow one."""
+    """Parametrises `seeds`: a few of them in the fast suite, SEEDS in the slow one."""
     slow = [pytest.param(range(SEEDS), marks=pytest.mark.slow)] if few < SEEDS else []
     return pytest.mark.parametrize("seeds", [range(few), *slow], ids=len)
 

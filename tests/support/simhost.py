@@ -52,7 +52,7 @@ class SimulatedHost:
     def run(self, *arguments: str) -> str:
         """What a command without a terminal says; it must succeed."""
         process = self.start(*arguments)
-        said, _ = process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=120)
         assert process.returncode == 0, said
         return said
 

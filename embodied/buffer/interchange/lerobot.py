@@ -122,8 +122,10 @@ def file_path(root: Path, template: str | None, chunk: int, file: int, key: str 
     if not template or "{" in plain or "}" in plain or relative.is_absolute():
         raise CorruptDataError(f"{root / INFO}: path template {template!r} cannot be used")
     named = Path(template.format(chunk_index=chunk, file_index=file, video_key=key))
-    if ".." in named.parts:
-        raise CorruptDataError(f"{root / INFO}: path template {template!r} leaves the data set")
+    if ".." in named.parts or named.is_absolute() or "\0" in str(named):
+        raise CorruptDataError(
+            f"{root / INFO}: path template {template!r} with {key[:80]!r} leaves the data set"
+        )
     return root / named
 
 

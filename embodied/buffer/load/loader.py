@@ -11,16 +11,18 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from mmap import mmap
-from typing import Annotated, Self
+from typing import Annotated, Generic, Self, TypeVar
 
 import msgspec
 import numpy as np
 
 from embodied.buffer.load.ring import BatchRing, RingLayout, ring_layout
 from embodied.buffer.read.replay import ReplayReader
-from embodied.buffer.sample.batches import DRAW_AGAIN, Draw
-from embodied.buffer.sample.samplers import WindowSampler
+from embodied.buffer.sample.batches import DRAW_AGAIN
+from embodied.buffer.sample.samplers import Sampler
 from embodied.core.errors import ConfigError, CorruptDataError, EmbodiedError
+
+D = TypeVar("D")
 
 _MAX_MESSAGE = 1 << 18
 _IDLE_S = 0.02
@@ -79,7 +81,7 @@ _decode_loaders = msgspec.msgpack.Decoder(Hello | Ready | Status | Failed).decod
 _decode_free = msgspec.msgpack.Decoder(Free).decode
 
 
-class Loader:
+class Loader(Generic[D]):
     """The loader's side. Fills slots until the learner hangs up.
 
     refresh_s: how often to look for new steps. slots: batches made in advance.
@@ -88,7 +90,7 @@ class Loader:
     def __init__(
         self,
         reader: ReplayReader,
-        sampler: WindowSampler,
+        sampler: Sampler[D],
         link: socket.socket,
         batch_size: int,
         rng: np.random.Generator,
@@ -106,8 +108,8 @@ class Loader:
         self._refreshed_s = -float("inf")
         self._ring: BatchRing | None = None
         self._free: list[int] = []
-        self._draws: dict[int, Draw] = {}
-        self._next: Draw | None = None
+        self._draws: dict[int, D] = {}
+        self._next: D | None = None
 
     def run(self, should_stop: Callable[[], bool]) -> None:
         """Serve until the learner closes the link or should_stop() is true."""
@@ -152,7 +154,7 @@ class Loader:
     def _fill(self) -> None:
         if self._ring is None or not self._free or not self._sampler.num_candidates:
             return
-        draw = self._next or self._draw()
+        draw = self._draw() if self._next is None else self._next
         self._next = self._draw()
         slot = self._free[-1]
         try:
@@ -163,7 +165,7 @@ class Loader:
         self._draws[slot] = draw
         self._send(Ready(slot))
 
-    def _draw(self) -> Draw:
+    def _draw(self) -> D:
         draw = self._sampler.draw(self._batch_size, self._rng)
         self._sampler.prefetch(draw)
         return draw
@@ -191,18 +193,16 @@ class LoaderClient:
 
     command: starts a loader; the number of its link's descriptor is appended. on_restart: told
     when the loader died and is started again; after three times within a minute it is an error.
-    on_ring: told of the memory in which batches will lie, before the first (to pin it).
     """
 
     def __init__(
         self,
         command: Sequence[str],
         on_restart: Callable[[str], None] = lambda reason: None,
-        on_ring: Callable[[mmap], None] = lambda memory: None,
     ) -> None:
         self._command = list(command)
         self._on_restart = on_restart
-        self._on_ring = on_ring
+        self._on_ring: Callable[[mmap], None] | None = None
         self._died_s: list[float] = []
         self._ring: BatchRing | None = None
         self._ready: list[int] = []
@@ -217,6 +217,12 @@ class LoaderClient:
                 [*self._command, str(theirs.fileno())], pass_fds=[theirs.fileno()]
             )
         self._link = ours
+
+    def on_ring(self, told: Callable[[mmap], None]) -> None:
+        """Have the memory told in which batches will lie (to pin it): at once if it is there."""
+        self._on_ring = told
+        if self._ring is not None:
+            told(self._ring.memory)
 
     def poll(self, timeout_s: float = 0.0) -> None:
         """Take in what the loader says, waiting for something at most timeout_s.
@@ -243,7 +249,8 @@ class LoaderClient:
             raise ConfigError(message.message)
         elif len(fds) == 1:
             self._ring = BatchRing(message.layout, fds[0])
-            self._on_ring(self._ring.memory)
+            if self._on_ring is not None:
+                self._on_ring(self._ring.memory)
         else:
             raise CorruptDataError("the loader announced a ring without its memory")
 

@@ -13,12 +13,13 @@ from embodied.buffer.log.segments import (
     FIRST_OFFSET,
     RECORD_HEADER,
     SegmentFile,
+    Walk,
     file_header,
     list_segments,
     record_header,
     record_size,
-    scan,
     segment_path,
+    walk_through,
 )
 from embodied.buffer.log.storage import STORAGE, Storage
 from embodied.core.errors import ConfigError, EmbodiedError
@@ -35,6 +36,8 @@ class LogWriter:
     a crash of the process. segment_bytes: size of a segment, whose space is reserved before
     anything is written to it. on_seal: called with the number of each segment that is complete.
     known_next: of sealed segments that need not be read through, the next sequence number.
+    read_through: reads a segment to its end when opening; it may begin behind records that are
+    known otherwise.
     Raises RunInUseError while another process writes here.
     """
 
@@ -45,6 +48,7 @@ class LogWriter:
         *,
         on_seal: Callable[[int], None] | None = None,
         known_next: Mapping[int, int] | None = None,
+        read_through: Callable[[SegmentFile], Walk] = walk_through,
         storage: Storage = STORAGE,
     ) -> None:
         smallest = FILE_HEADER.size + RECORD_HEADER.size
@@ -55,6 +59,7 @@ class LogWriter:
         self._path = Path(path)
         self._segment_bytes = segment_bytes
         self._on_seal = on_seal
+        self._read_through = read_through
         self._storage = storage
         self._fd: int | None = None
         self._broken = False
@@ -90,36 +95,36 @@ class LogWriter:
             if sealed and number in known_next:
                 self._next_seq = max(self._next_seq, known_next[number])
                 break
-            found = scan(segment_path(self._path, number, sealed=sealed), number)
-            self._next_seq = max(self._next_seq, found.next_seq or 0)
+            path = segment_path(self._path, number, sealed=sealed)
+            with SegmentFile(path, number) as file:
+                walk = self._read_through(file)
+            self._next_seq = max(self._next_seq, walk.next_seq)
             if not sealed:
-                self._recover_open(number, found.end, found.clean)
+                self._recover_open(path, walk)
             if self._next_seq:
                 break
         self._durable_seq = self._next_seq - 1
 
-    def _recover_open(self, number: int, end: int, clean: bool) -> None:
-        path = segment_path(self._path, number, sealed=False)
-        if not clean and end == FIRST_OFFSET:
+    def _recover_open(self, path: Path, walk: Walk) -> None:
+        if walk.damaged and walk.end == FIRST_OFFSET:
             self._storage.unlink(path)  # the crash came before its first record
             self._storage.sync_directory(self._path)
             return
         self._fd = self._storage.open(path)
-        self._offset = end
+        self._offset = walk.end
         self._capacity = os.fstat(self._fd).st_size
-        if not clean:
+        if walk.damaged:
             self._seal()  # whole records follow the damage: keep all of it, go on in a new file
             return
-        with SegmentFile(path, number) as file:
-            torn = not file.blank_from(end)
-        if torn:
-            self._storage.truncate(self._fd, end)
-        if torn or self._capacity < self._segment_bytes:
+        if not walk.blank:
+            self._storage.truncate(self._fd, walk.end)
+        if not walk.blank or self._capacity < self._segment_bytes:
             with suppress(OSError):  # full: what there is gets used up, the next segment reports it
                 self._storage.reserve(self._fd, max(self._capacity, self._segment_bytes))
             self._capacity = os.fstat(self._fd).st_size
         with full_disk_named(path):
             self._storage.sync(self._fd)
+            self._storage.sync_directory(self._path)  # a crash may have come before that
 
     def ensure_room(self, record_bytes: int) -> None:
         """Begin a new segment unless records of this many bytes (sum of record_size) still fit.

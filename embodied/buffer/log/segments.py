@@ -4,12 +4,12 @@ A file is a header, then records at multiples of 8 bytes, then (until it is seal
 zeros. Record: magic, CRC32C of all that follows, total length, schema id, sequence number, payload.
 """
 
+import errno
 import os
 import re
 import stat
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -28,6 +28,7 @@ _NAME = re.compile(r"(\d{8})\.seg(\.open)?")
 _CHECKED_FROM = 8
 _BODY = struct.Struct("<IIQ")
 _WINDOW = 1 << 20
+_ZEROS = bytes(_WINDOW)
 
 
 class Record(NamedTuple):
@@ -106,6 +107,11 @@ class SegmentFile:
         self._start = 0
 
     @property
+    def sealed(self) -> bool:
+        """Whether it was opened under the name of a sealed segment."""
+        return self.path.suffix == ".seg"
+
+    @property
     def size(self) -> int:
         """Present size of the file in bytes."""
         return os.fstat(self._fd).st_size
@@ -136,7 +142,7 @@ class SegmentFile:
         record = parse(self._window, offset - self._start, self.number, offset)
         if record is not None:
             return record
-        head = os.pread(self._fd, RECORD_HEADER.size, offset)
+        head = self.head_at(offset)
         if len(head) < RECORD_HEADER.size or not head.startswith(_MAGIC):
             return None
         length = RECORD_HEADER.unpack(head)[2]
@@ -170,13 +176,26 @@ class SegmentFile:
 
     def blank_from(self, offset: int) -> bool:
         """Whether the file holds nothing but zeros from this offset on."""
-        size = self.size
-        while offset < size:
+        while offset < self.size:
+            try:  # space that was reserved and never written counts as a hole
+                offset = os.lseek(self._fd, offset, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                break
             data = os.pread(self._fd, _WINDOW, offset)
-            if data.count(0) != len(data):
+            if data != _ZEROS[: len(data)]:
                 return False
             offset += len(data)
         return True
+
+    def head_at(self, offset: int) -> bytes:
+        """The bytes of a record's header as they stand at this offset; fewer at the file's end."""
+        return os.pread(self._fd, RECORD_HEADER.size, offset)
+
+    def sync(self) -> None:
+        """Make what was written so far durable, whoever wrote it."""
+        os.fdatasync(self._fd)
 
     def close(self) -> None:
         """Close the file."""
@@ -189,27 +208,44 @@ class SegmentFile:
         self.close()
 
 
-@dataclass(slots=True)
-class Scan:
-    """What a segment holds. end: behind the last whole record. clean: no damage before `end`."""
+class Walk:
+    """All whole records of a segment in order, stepping over damage; to be iterated over once.
 
-    next_seq: int | None
-    end: int
-    clean: bool
+    offset: where a record begins; last_seq: of the record before it. While and after iterating,
+    end: behind the last whole record. damaged: offsets of stretches before `end` that cannot be
+    read, 0 for the file's header. Afterwards, blank: whether only zeros stand behind `end`.
+    """
 
-
-def scan(path: Path, number: int) -> Scan:
-    """Walk through a segment, stepping over damage."""
-    with SegmentFile(path, number) as file:
+    def __init__(self, file: SegmentFile, offset: int = FIRST_OFFSET, last_seq: int = -1) -> None:
         base = file.base_seq()
-        result = Scan(base, FIRST_OFFSET, base is not None)
-        last = -1
-        offset: int | None = FIRST_OFFSET
-        while offset is not None:
-            for record in file.records(offset, last):
-                last, offset = record.seq, end_of(record)
-                result.next_seq, result.end = max(result.next_seq or 0, last + 1), offset
-            offset = file.find_after(offset + 8, last)
-            if offset is not None:
-                result.clean = False
-        return result
+        self.file = file
+        self.end = offset
+        self.damaged = [0] if base is None else []
+        self.blank = False
+        self._base = base or 0
+        self._last_seq = last_seq
+
+    @property
+    def next_seq(self) -> int:
+        """The sequence number behind those of all records so far."""
+        return max(self._base, self._last_seq + 1)
+
+    def __iter__(self) -> Iterator[Record]:
+        found: int | None = self.end
+        while found is not None:
+            for record in self.file.records(found, self._last_seq):
+                found = self.end = end_of(record)
+                self._last_seq = record.seq
+                yield record
+            self.blank = self.file.blank_from(self.end)
+            found = None if self.blank else self.file.find_after(self.end + 8, self._last_seq)
+            if found is not None:
+                self.damaged.append(self.end)
+
+
+def walk_through(file: SegmentFile) -> Walk:
+    """Read a segment to its end."""
+    walk = Walk(file)
+    for _ in walk:
+        pass
+    return walk

@@ -18,12 +18,19 @@ class LogReader:
     """Reads records in order, following a live writer. Needs no lock and never blocks.
 
     skip: asked for each sealed segment before it is read; True if its records are not wanted.
+    resume: asked for each open one; where to begin in it, and the sequence number before that.
     damaged: (segment, offset) of each stretch of a sealed segment that could not be read.
     """
 
-    def __init__(self, path: Path, skip: Callable[[int], bool] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        skip: Callable[[int], bool] | None = None,
+        resume: Callable[[SegmentFile], tuple[int, int]] | None = None,
+    ) -> None:
         self._path = Path(path)
         self._skip = skip
+        self._resume = resume
         self._file: SegmentFile | None = None
         self._number = 0
         self._offset = FIRST_OFFSET
@@ -65,6 +72,8 @@ class LogReader:
                 except FileNotFoundError:
                     continue
             self._number, self._offset, self._last_seq = number, FIRST_OFFSET, -1
+            if self._resume is not None and not self._file.sealed:
+                self._offset, self._last_seq = self._resume(self._file)
             if self._file.base_seq() is None and sealed:
                 self.damaged.append((number, 0))
             return True

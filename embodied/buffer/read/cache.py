@@ -3,32 +3,42 @@
 What is mapped and has been touched counts; it is counted, and given back, in windows of 64 KiB,
 because that is what the kernel maps around a fault. Reads of what is not there yet are begun
 together, so that the disk sees a deep queue, and only then waited for.
+
+A window is counted as of one tick, a record is asked for at another: a record is in memory if all
+of its windows have been there since before it was asked for. (A window that is there says nothing
+of a record that was never read: only the pages that somebody read are.)
 """
 
 import mmap
 import os
 import resource
 from collections import deque
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from embodied.buffer.log.segments import segment_path
+from embodied.buffer.read.advice import Advisor
 
 _WINDOW_BITS = 16
 _WINDOW = 1 << _WINDOW_BITS
 _PAGE = mmap.PAGESIZE
 _MOST_DISTRUST = 4096
+_FEW_FAULTS = 8
+"""Major faults in one batch that count for nothing: a page table or code may have caused them."""
+_SOON = 8
+"""Batches between asking for a record and reading it, at most."""
 _SPARE_FILES = 64
 
 
 @dataclass(slots=True)
 class CacheStats:
     """hits, misses: records found in memory and not. read_bytes: asked from the disk.
-    evicted_bytes: given back. resident_bytes: now in memory. major_faults: reads that nobody had
-    asked for: the kernel had taken pages back."""
+    evicted_bytes: given back. resident_bytes: now in memory. major_faults: reads that were waited
+    for although the record counted as there: the kernel had taken pages back."""
 
     hits: int = 0
     misses: int = 0
@@ -41,30 +51,30 @@ class CacheStats:
 class _Map:
     """One mapped segment. base: number of its first window. shift: of its address in a window."""
 
-    __slots__ = ("base", "data", "map", "shift", "size", "view")
+    __slots__ = ("address", "base", "map", "shift", "size", "view")
 
     def __init__(self, path: Path, base: int) -> None:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            self.size = os.fstat(fd).st_size
-            self.map = mmap.mmap(fd, self.size, prot=mmap.PROT_READ)
+            # As long as it is at that instant: the writer cuts what it reserved when it seals.
+            self.map = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
         finally:
             os.close(fd)
+        self.size = len(self.map)
         self.map.madvise(mmap.MADV_RANDOM)
         self.view = memoryview(self.map)
-        address = np.frombuffer(self.map, np.uint8).__array_interface__["data"][0]
-        self.shift = address & (_WINDOW - 1)
+        self.address = np.frombuffer(self.map, np.uint8).__array_interface__["data"][0]
+        self.shift = self.address & (_WINDOW - 1)
         self.base = base
 
     @property
     def num_windows(self) -> int:
         return ((self.size + self.shift) >> _WINDOW_BITS) + 1
 
-    def advise(self, option: int, start: int, end: int) -> None:
-        start = max(0, start) // _PAGE * _PAGE
-        end = min(end, self.size)
-        if end > start:
-            self.map.madvise(option, start, end - start)
+    def stretch(self, window: int) -> tuple[int, int]:
+        """Addresses of a window's first byte and of the one after its last."""
+        start = ((window - self.base) << _WINDOW_BITS) - self.shift
+        return self.address + max(0, start), self.address + min(start + _WINDOW, self.size)
 
 
 class SegmentCache:
@@ -80,13 +90,16 @@ class SegmentCache:
         self._maps: dict[int, _Map] = {}
         self._total = 0
         self._next_base = 0
-        self._resident = np.zeros(1024, np.bool_)
+        self._born = np.zeros(1024, np.int64)
         self._visited = np.zeros(1024, np.bool_)
-        self._asked = np.zeros(1024, np.bool_)
+        self._held = np.zeros(1024, np.int64)
+        self._portion = 0
         self._ring: deque[tuple[int, int]] = deque()
+        self._advisor = Advisor()
+        self._tick = 1
+        self._begun = 0
         self._distrust = 0
         self._next_distrust = 64
-        self._faults = _major_faults()
         self.stats = CacheStats()
 
     def open(self, number: int, *, sealed: bool) -> None:
@@ -100,20 +113,21 @@ class SegmentCache:
         self._maps[number] = mapped
         self._total += mapped.size
         self._next_base += mapped.num_windows
-        if self._next_base > len(self._resident):
-            size = max(self._next_base, 2 * len(self._resident))
-            self._resident = _grown(self._resident, size)
+        if self._next_base > len(self._born):
+            size = max(self._next_base, 2 * len(self._born))
+            self._born = _grown(self._born, size)
             self._visited = _grown(self._visited, size)
-            self._asked = _grown(self._asked, size)
+            self._held = _grown(self._held, size)
 
     def close(self, number: int) -> None:
         """Unmap a segment if it is mapped."""
         mapped = self._maps.pop(number, None)
         if mapped is None:
             return
+        self._advisor.wait()
         windows = slice(mapped.base, mapped.base + mapped.num_windows)
-        self.stats.resident_bytes -= int(self._resident[windows].sum()) * _WINDOW
-        self._resident[windows] = False
+        self.stats.resident_bytes -= int(np.count_nonzero(self._born[windows])) * _WINDOW
+        self._born[windows] = 0
         self._total -= mapped.size
         with suppress(BufferError):  # somebody still looks at it: unmapped with the last view
             mapped.view.release()
@@ -135,93 +149,127 @@ class SegmentCache:
         return self._total > self.budget_bytes
 
     def request(
-        self, segments: np.ndarray, starts: np.ndarray, ends: np.ndarray, known: np.ndarray
-    ) -> None:
+        self, segments: np.ndarray, starts: np.ndarray, ends: np.ndarray, asked: np.ndarray
+    ) -> np.ndarray:
         """Begin to read stretches that are not in memory; all arrays [n].
 
-        starts, ends: offsets in the segments. known: whether it was read before, so that it may
-        still be there.
+        starts, ends: offsets in the segments. asked: what this, or `admit`, returned for the
+        records last, 0 for those that were never asked for. Returns the same for this time.
         """
-        self._note_faults()
+        self._tick += 1
+        soon = (asked < 0) & (asked < _SOON - self._tick)
         if self._distrust > 0:
             self._distrust -= 1
-            known = np.zeros_like(known)
-        if self.bounded:
-            first, last = self._windows(segments, starts, ends)
-            known = known & self._expected(first, last)
-            _set_all(self._asked, first[~known], last[~known])
+            known = soon
+        elif self.bounded:
+            known = soon | self._found(*self._windows(segments, starts, ends), asked)
+        else:
+            known = asked != 0
         missing = np.flatnonzero(~known)
-        self.stats.hits += len(known) - len(missing)
+        self.stats.hits += int(np.count_nonzero(known & ~soon))
         self.stats.misses += len(missing)
-        if not len(missing):
-            return
-        will_need = mmap.MADV_WILLNEED
-        for number, start, end in zip(
-            segments[missing].tolist(),
-            starts[missing].tolist(),
-            ends[missing].tolist(),
-            strict=True,
-        ):
-            self._maps[number].advise(will_need, start, end)
-            self.stats.read_bytes += end - start
+        if len(missing):
+            base = self._per_map(segments[missing], lambda mapped: mapped.address)
+            first, last = base + starts[missing], base + ends[missing]
+            self.stats.read_bytes += int((last - first).sum())
+            self._advisor.begin_reading(first, last)
+            self._begun = self._tick
+        return np.where(soon, asked, -self._tick)
+
+    def settled(self, asked: np.ndarray) -> bool:
+        """Whether nothing need be asked for: everything fits, and these records [n] were."""
+        return self._distrust == 0 and not self.bounded and bool(asked.all())
+
+    def wait(self, asked: np.ndarray) -> None:
+        """Return when the kernel knows of all that was asked for [n]."""
+        if (asked == -self._begun).any():
+            self._advisor.wait()
+
+    def admit(
+        self, segments: np.ndarray, starts: np.ndarray, ends: np.ndarray, asked: np.ndarray
+    ) -> np.ndarray:
+        """Count stretches [n] as in memory, because they are about to be read, and give others
+        back until the budget holds again. Arguments and result are those of `request`."""
+        if self.bounded:
+            self._portion += 1
+            first, last = self._windows(segments, starts, ends)
+            found = self._found(first, last, np.abs(asked))
+            for step in range(int((last - first).max(initial=0)) + 1):
+                window = np.minimum(first + step, last)
+                self._held[window] = self._portion
+                self._visited[window[found]] = True
+            new = np.flatnonzero(~found)
+            for number, begin, end in zip(
+                segments[new].tolist(), first[new].tolist(), last[new].tolist(), strict=True
+            ):
+                for window in range(begin, end + 1):
+                    if not self._born[window]:
+                        self._born[window] = self._tick
+                        self._ring.append((number, window))
+                        self.stats.resident_bytes += _WINDOW
+            self._evict()
+        return np.full(len(asked), self._tick)
 
     def _windows(
         self, segments: np.ndarray, starts: np.ndarray, ends: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """First and last window of each stretch [n]."""
-        base = np.empty(len(segments), np.int64)
-        for number in np.unique(segments).tolist():
-            mapped = self._maps[number]
-            base[segments == number] = (mapped.base << _WINDOW_BITS) + mapped.shift
+        base = self._per_map(segments, lambda mapped: (mapped.base << _WINDOW_BITS) + mapped.shift)
         return (base + starts) >> _WINDOW_BITS, (base + ends - 1) >> _WINDOW_BITS
 
-    def _expected(self, first: np.ndarray, last: np.ndarray) -> np.ndarray:
-        """Whether each stretch is in memory, or has been asked for [n]."""
+    def _per_map(self, segments: np.ndarray, value: Callable[[_Map], int]) -> np.ndarray:
+        """A number of each record's map, int64 [n]."""
+        numbers, inverse = np.unique(segments, return_inverse=True)
+        return np.array([value(self._maps[n]) for n in numbers.tolist()], np.int64)[inverse]
+
+    def _found(self, first: np.ndarray, last: np.ndarray, asked: np.ndarray) -> np.ndarray:
+        """Whether each stretch has been in memory since before it was asked for [n]."""
         found = np.ones(len(first), np.bool_)
         for step in range(int((last - first).max(initial=0)) + 1):
-            window = np.minimum(first + step, last)
-            found &= self._resident[window] | self._asked[window]
+            born = self._born[np.minimum(first + step, last)]
+            found &= (born > 0) & (born <= asked)
         return found
 
-    def touch(self, segments: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> None:
-        """Count stretches [n] as in memory, because they are about to be read, and give others
-        back until the budget holds again."""
-        first, last = self._windows(segments, starts, ends)
-        for i in np.flatnonzero(~_all_set(self._resident, first, last)).tolist():
-            number = int(segments[i])
-            for window in range(int(first[i]), int(last[i]) + 1):
-                if not self._resident[window]:
-                    self._resident[window] = True
-                    self._ring.append((number, window))
-                    self.stats.resident_bytes += _WINDOW
-        _set_all(self._visited, first, last)
-        _set_all(self._asked, first, last, value=False)
-        self._evict()
-
     def _evict(self) -> None:
-        while self.stats.resident_bytes > self.budget_bytes and self._ring:
+        """CLOCK: a window that was found there again since the hand passed stays once more, and
+        one that is about to be read stays."""
+        victims: list[tuple[int, int]] = []
+        for _ in range(2 * len(self._ring)):
+            if self.stats.resident_bytes <= self.budget_bytes:
+                break
             number, window = self._ring.popleft()
             mapped = self._maps.get(number)
-            if mapped is None or not self._resident[window]:
+            if mapped is None or not self._born[window]:
                 continue
-            if self._visited[window]:
+            if self._visited[window] or self._held[window] == self._portion:
                 self._visited[window] = False
                 self._ring.append((number, window))
                 continue
-            self._resident[window] = False
-            start = ((window - mapped.base) << _WINDOW_BITS) - mapped.shift
-            mapped.advise(mmap.MADV_DONTNEED, start, start + _WINDOW)
+            self._born[window] = 0
+            victims.append(mapped.stretch(window))
             self.stats.resident_bytes -= _WINDOW
             self.stats.evicted_bytes += _WINDOW
+        if victims:
+            starts, ends = np.array(victims).T
+            self._advisor.give_back(starts, ends)
 
-    def _note_faults(self) -> None:
-        """Ask for everything again for a while if the kernel has taken pages back."""
-        faults = _major_faults()
-        if faults > self._faults and self._distrust == 0:
-            self.stats.major_faults += faults - self._faults
+    def shut(self) -> None:
+        """Unmap everything; safe to call twice."""
+        for number in list(self._maps):
+            self.close(number)
+        self._advisor.close()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Around reads of what should be there: if the kernel has taken it back, then ask for
+        everything again for a while."""
+        before = _major_faults()
+        yield
+        faults = _major_faults() - before
+        if faults >= _FEW_FAULTS and self._distrust == 0:
+            self.stats.major_faults += faults
             self._distrust = self._next_distrust
             self._next_distrust = min(2 * self._next_distrust, _MOST_DISTRUST)
-        self._faults = faults
 
     def _allow_files(self) -> None:
         """Raise the limit of open files: each map holds one."""
@@ -240,16 +288,3 @@ def _grown(array: np.ndarray, size: int) -> np.ndarray:
     grown = np.zeros(size, array.dtype)
     grown[: len(array)] = array
     return grown
-
-
-def _all_set(bits: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """Whether all bits of each range, its last one included, are set [n]."""
-    found = np.ones(len(first), np.bool_)
-    for step in range(int((last - first).max(initial=0)) + 1):
-        found &= bits[np.minimum(first + step, last)]
-    return found
-
-
-def _set_all(bits: np.ndarray, first: np.ndarray, last: np.ndarray, *, value: bool = True) -> None:
-    for step in range(int((last - first).max(initial=0)) + 1):
-        bits[np.minimum(first + step, last)] = value

@@ -6,7 +6,7 @@ import numpy as np
 
 from embodied.buffer.log.segments import RECORD_HEADER, parse
 from embodied.buffer.read.cache import SegmentCache
-from embodied.buffer.read.table import REQUESTED, SLOT_MASK, TABLE_BITS, UNSEEN, VERIFIED, Table
+from embodied.buffer.read.table import SLOT_MASK, TABLE_BITS, Table
 from embodied.buffer.steps import codecs
 from embodied.buffer.steps.schema import Feature
 from embodied.comms.codec import DTYPES
@@ -89,15 +89,19 @@ class RecordGather:
             else:
                 array.reshape(-1, *values.shape[1:])[where] = values
         if large:
-            places = range(len(slots)) if where is None else where.tolist()
             names = frozenset(large)
-            self.request(table, slots, names)
-            for part in self._portions(table, slots):
-                if self._cache.bounded:
-                    starts, stops = table.stretches(slots[part], names)
-                    self._cache.touch(table.segment[slots[part]], starts, stops)
-                self._verify(table, slots[part])
-                self._fill_large(table, slots[part], places[part], large)
+            places = range(len(slots)) if where is None else where.tolist()
+            asked = table.asked[slots]
+            if self._cache.settled(asked):
+                self._cache.stats.hits += int(np.count_nonzero(asked > 0))
+            else:
+                self._ask(table, slots, names)
+            self._cache.wait(table.asked[slots])
+            with self._cache.watched():
+                for part in self._portions(table, slots):
+                    self._admit(table, slots[part], names)
+                    self._verify(table, slots[part])
+                    self._fill_large(table, slots[part], places[part], large)
 
     def _portions(self, table: Table, slots: np.ndarray) -> list[slice]:
         """The rows in portions, of which each fits into the budget several times."""
@@ -109,15 +113,24 @@ class RecordGather:
 
     def request(self, table: Table, slots: np.ndarray, names: frozenset[str]) -> None:
         """Begin to read these large features where they are not in memory."""
-        if not names:
-            return
+        if names and not self._cache.settled(table.asked[slots]):
+            self._ask(table, slots, names)
+
+    def _ask(self, table: Table, slots: np.ndarray, names: frozenset[str]) -> None:
         starts, stops = table.stretches(slots, names)
-        known = table.state[slots] != UNSEEN
-        self._cache.request(table.segment[slots], starts, stops, known)
-        table.state[slots[~known]] = REQUESTED
+        table.asked[slots] = self._cache.request(
+            table.segment[slots], starts, stops, table.asked[slots]
+        )
+
+    def _admit(self, table: Table, slots: np.ndarray, names: frozenset[str]) -> None:
+        asked = table.asked[slots]
+        if self._cache.bounded:
+            starts, stops = table.stretches(slots, names)
+            asked = self._cache.admit(table.segment[slots], starts, stops, asked)
+        table.asked[slots] = np.abs(asked)
 
     def _verify(self, table: Table, slots: np.ndarray) -> None:
-        new = slots[table.state[slots] != VERIFIED]
+        new = slots[~table.verified[slots]]
         if not len(new):
             return
         new = np.unique(new)
@@ -132,7 +145,7 @@ class RecordGather:
             record = parse(self._cache.view(number)[start:end], 0, number, start)
             if record is None or record.payload.nbytes != end - start - RECORD_HEADER.size:
                 bad.append(slot)
-        table.state[new] = VERIFIED
+        table.verified[new] = True
         if bad:
             numbers = sorted({f"{n:08d}.seg" for n in table.segment[bad].tolist()})
             raise DamagedRowsError(

@@ -6,13 +6,14 @@ from typing import Self
 
 import numpy as np
 
-from embodied.buffer.log.segments import Record, list_segments, segment_path
+from embodied.buffer.log.segments import Record, SegmentFile, list_segments, segment_path
 from embodied.buffer.log.tail import LogReader
 from embodied.buffer.read.cache import CacheStats, SegmentCache
 from embodied.buffer.read.episodes import EpisodeInfo, OpenEpisode
 from embodied.buffer.read.gather import DamagedRowsError, RecordGather, by_table, target_array
-from embodied.buffer.read.table import SLOT_MASK, TABLE_BITS, UNSEEN, VERIFIED, Table
-from embodied.buffer.steps.blocks import Block, EpisodeKey, block_path
+from embodied.buffer.read.table import SLOT_MASK, TABLE_BITS, Table
+from embodied.buffer.steps.blocks import Block, EpisodeKey, Rows, block_path
+from embodied.buffer.steps.chunks import load_chunks
 from embodied.buffer.steps.records import Control
 from embodied.buffer.steps.schema import FLAGS, Feature, Schema
 from embodied.core.episodes import Step
@@ -44,7 +45,7 @@ class ReplayReader:
     def __init__(self, path: Path, ram_bytes: int = RAM_BYTES) -> None:
         self._path = Path(path)
         self._ram_bytes = ram_bytes
-        self._log = LogReader(self._path, self._skip)
+        self._log = LogReader(self._path, self._skip, self._resume)
         self._live: Block | None = None
         self._taken: dict[int, int] = {}
         self._tables: list[Table] = []
@@ -99,10 +100,18 @@ class ReplayReader:
         self._live = None
         self._bad += [(number, offset) for offset in block.damaged]
         try:
-            self._take_block(block, UNSEEN)
+            self._take_block(block, sealed=True, read=False)
         except FileNotFoundError:  # deleted in this moment
             self._forget({number})
         return True
+
+    def _resume(self, file: SegmentFile) -> tuple[int, int]:
+        """Take over an open segment as far as its chunks go."""
+        self._flush_live()
+        (self._live, covered), self._taken = load_chunks(self._path, file), {}
+        self._bad += [(file.number, offset) for offset in self._live.damaged]
+        self._flush_live(read=False)
+        return covered.end, covered.last_seq
 
     def _take(self, record: Record) -> None:
         if self._live is None or self._live.segment != record.segment:
@@ -114,14 +123,15 @@ class ReplayReader:
         except CorruptDataError:
             self._bad.append((record.segment, record.offset))
 
-    def _flush_live(self) -> None:
+    def _flush_live(self, *, read: bool = True) -> None:
         if self._live is not None:
             try:
-                self._take_block(self._live, VERIFIED)
+                self._take_block(self._live, sealed=False, read=read)
             except FileNotFoundError:  # sealed and deleted since it was read
                 self._forget({self._live.segment})
 
-    def _take_block(self, block: Block, state: int) -> None:
+    def _take_block(self, block: Block, *, sealed: bool, read: bool) -> None:
+        """Take over new rows and controls. read: whether the rows' records have just been."""
         self._segments.add(block.segment)
         taken = self._taken if block is self._live else {}
         for number, rows in block.rows.items():
@@ -129,8 +139,8 @@ class ReplayReader:
             start = taken.get(number, 0)
             if len(rows) > start:
                 if table.large_names and not self._cache.covers(block.segment):
-                    self._cache.open(block.segment, sealed=state == UNSEEN)
-                self._ingest(block, table, rows.bytes[start:], state)
+                    self._cache.open(block.segment, sealed=sealed)
+                self._ingest(block, table, rows, start, read=read)
                 taken[number] = len(rows)
         for control in block.controls:
             self._obey(control)
@@ -143,33 +153,33 @@ class ReplayReader:
             self._tables.append(table)
         return table
 
-    def _ingest(self, block: Block, table: Table, rows: np.ndarray, state: int) -> None:
-        view = rows.view(table.dtype)[:, 0]
-        order = np.lexsort((view[".index"], view[".episode"]))
-        slots = table.allocate(len(rows))
-        table.rows[slots] = rows[order]
-        table.segment[slots] = block.segment
-        table.state[slots] = state
-        view = view[order]
+    def _ingest(self, block: Block, table: Table, rows: Rows, start: int, *, read: bool) -> None:
+        """Take over rows from `start` on. read: whether their records have just been."""
+        view = rows.heads(start)
+        ordinals, index = view[".episode"].astype(np.int64), view[".index"].astype(np.int64)
+        flags, versions = view[".flags"].copy(), view["policy_version"].copy()
+        slots = table.allocate(len(view))
+        table.put(slots, rows.bytes[start:], block.segment, read=read)
+        key = (ordinals << 32) | index
+        if (np.diff(key) <= 0).any():
+            order = np.argsort(key, kind="stable")
+            ordinals, index, slots = ordinals[order], index[order], slots[order]
+            flags, versions = flags[order], versions[order]
         ids = slots | table.base
-        ordinals = view[".episode"]
-        index, flags = view[".index"].astype(np.int64), view[".flags"].copy()
-        versions, offsets = view["policy_version"].copy(), view[".record"]
         cuts = (np.flatnonzero(np.diff(ordinals)) + 1).tolist()
-        for first, last in zip([0, *cuts], [*cuts, len(rows)], strict=True):
+        for first, last in zip([0, *cuts], [*cuts, len(view)], strict=True):
             part = slice(first, last)
             episode = self._episode(block.episodes[int(ordinals[first])])
             if episode is None:
                 table.release(slots[part])
                 continue
-            was_closed, bad = (
-                episode.closed,
-                episode.add(index[part], ids[part], flags[part], versions[part]),
-            )
+            was_closed = episode.closed
+            bad = episode.add(index[part], ids[part], flags[part], versions[part])
             table.owner[slots[part]] = episode.owner
             if bad.any():
-                self._bad += [(block.segment, int(o)) for o in offsets[part][bad]]
-                table.release(slots[part][bad])
+                lost = slots[part][bad]
+                self._bad += [(block.segment, int(o)) for o in table.columns[".record"][lost]]
+                table.release(lost)
             finals = (flags[part] >> FLAGS.index("final") & 1).astype(np.bool_)
             new = int((~bad & ~finals).sum())
             self.num_steps += new
@@ -381,8 +391,7 @@ class ReplayReader:
     def close(self) -> None:
         """Stop following the log; safe to call twice."""
         self._log.close()
-        for number in list(self._segments):
-            self._cache.close(number)
+        self._cache.shut()
 
     def __enter__(self) -> Self:
         return self

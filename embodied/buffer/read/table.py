@@ -8,7 +8,6 @@ from embodied.core.errors import ConfigError
 
 TABLE_BITS = 40
 SLOT_MASK = (1 << TABLE_BITS) - 1
-UNSEEN, REQUESTED, VERIFIED = 0, 1, 2
 
 _FIRST_ROWS = 1024
 
@@ -17,7 +16,8 @@ class Table:
     """Rows by slot. A row id is table number << 40 | slot.
 
     rows: bytes [n, row]. segment, owner [n]: where the record lies, and whose step it is (a number
-    of the reader's). state [n]: whether the record was read and its checksum verified.
+    of the reader's). verified [n]: whether the record's checksum was. asked [n]: when its large
+    features were asked for last (the cache's tick; negative: not read since; 0: never).
     """
 
     def __init__(self, schema: Schema, number: int) -> None:
@@ -29,7 +29,8 @@ class Table:
         self.rows = np.zeros((0, self.dtype.itemsize), np.uint8)
         self.segment = np.zeros(0, np.int32)
         self.owner = np.zeros(0, np.int32)
-        self.state = np.zeros(0, np.uint8)
+        self.verified = np.zeros(0, np.bool_)
+        self.asked = np.zeros(0, np.int64)
         self._used = 0
         self._free: list[np.ndarray] = []
         self._refresh_view()
@@ -44,7 +45,7 @@ class Table:
     @property
     def row_bytes(self) -> int:
         """Bytes of memory a step takes up."""
-        return self.dtype.itemsize + 9
+        return self.dtype.itemsize + 17
 
     @property
     def nbytes(self) -> int:
@@ -71,13 +72,23 @@ class Table:
         capacity = len(self.rows)
         if wanted <= capacity:
             return
-        capacity = max(wanted, _FIRST_ROWS, capacity + capacity // 2)
-        for name in ("rows", "segment", "owner", "state"):
+        capacity = max(wanted + wanted // 16, _FIRST_ROWS, capacity + capacity // 2)
+        for name in ("rows", "segment", "owner", "verified", "asked"):
             old = getattr(self, name)
             grown = np.zeros((capacity, *old.shape[1:]), old.dtype)
             grown[: self._used] = old[: self._used]
             setattr(self, name, grown)
         self._refresh_view()
+
+    def put(self, slots: np.ndarray, rows: np.ndarray, segment: int, *, read: bool) -> None:
+        """Write rows, bytes [n, row], to slots. read: their records have been, and are whole."""
+        where: np.ndarray | slice = slots
+        if len(slots) and slots[-1] - slots[0] == len(slots) - 1 and (np.diff(slots) == 1).all():
+            where = slice(int(slots[0]), int(slots[-1]) + 1)
+        self.rows[where] = rows
+        self.segment[where] = segment
+        self.verified[where] = read
+        self.asked[where] = read
 
     def release(self, slots: np.ndarray) -> None:
         """Let slots be used again."""
@@ -125,7 +136,7 @@ class Table:
         else:
             stops = offset + max(part.start + part.nbytes for part in parts)
         starts = offset + first
-        new = self.state[slots] != VERIFIED
+        new = ~self.verified[slots]
         if new.any():
             starts = np.where(new, self.columns[".record"][slots], starts)
             stops = np.where(new, self.ends(slots), stops)

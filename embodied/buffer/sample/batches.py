@@ -14,11 +14,13 @@ from embodied.buffer.read.gather import DamagedRowsError
 from embodied.buffer.sample.windows import NEXT, Backup, Windows, WindowSpec
 from embodied.buffer.steps.schema import Feature
 from embodied.core.errors import ConfigError, EmbodiedError
+from embodied.core.instructions import GOAL, TASK
 
 Arrays = dict[str, np.ndarray]
 
 _AHEAD = ("action", "reward", "terminated", "truncated")
 _FLOAT32, _BOOL, _INT64 = np.dtype(np.float32), np.dtype(np.bool_), np.dtype(np.int64)
+_UINT8 = np.dtype(np.uint8)
 _METADATA = {"policy_version": _INT64, "t_ns": _INT64}
 
 
@@ -94,6 +96,9 @@ def window_sizes(reader: StepReader, spec: WindowSpec, *, weighted: bool) -> dic
         feature = reader.feature(key)
         observations[key] = ArraySize(np.dtype(feature.dtype), (spec.n_obs_steps, *feature.shape))
     action, ahead = reader.feature("action"), (spec.horizon,)
+    observations |= {GOAL + key: observations[key] for key in spec.goal_keys}
+    if spec.task_bytes:
+        observations[TASK] = ArraySize(_UINT8, (spec.n_obs_steps, spec.task_bytes))
     sizes = dict(observations)
     sizes["action"] = ArraySize(np.dtype(action.dtype), (*ahead, *action.shape))
     sizes["action_is_pad"] = ArraySize(_BOOL, ahead)
@@ -114,12 +119,16 @@ def prefetch_windows(reader: StepReader, spec: WindowSpec, draw: Draw) -> None:
     if draw.rows.backup is not None:
         parts.append(draw.rows.backup.observed)
     reader.prefetch(spec.observation_keys, np.concatenate([part.ravel() for part in parts]))
+    if spec.goal_keys:
+        reader.prefetch(spec.goal_keys, draw.rows.last)
 
 
 def fetch_windows(reader: StepReader, spec: WindowSpec, draw: Draw, batch: Arrays) -> None:
     """Read a draw into the arrays of a batch, which have the sizes of window_sizes."""
     rows, keys = draw.rows, spec.observation_keys
     reader.gather(keys, rows.observed, {key: batch[key] for key in keys})
+    if spec.goal_keys:
+        _fetch_goals(reader, spec, rows.last, batch)
     ahead, pad = {name: batch[name] for name in _AHEAD}, batch["action_is_pad"]
     reader.gather((*_AHEAD, "held"), rows.future, {**ahead, "held": pad})
     np.logical_or(pad, rows.beyond, out=pad)
@@ -132,6 +141,13 @@ def fetch_windows(reader: StepReader, spec: WindowSpec, draw: Draw, batch: Array
         reader.gather(spec.metadata, rows.observed[:, -1], metadata)
     if draw.weights is not None:
         batch["weight"][...] = draw.weights
+
+
+def _fetch_goals(reader: StepReader, spec: WindowSpec, last: np.ndarray, batch: Arrays) -> None:
+    at = np.repeat(last[:, None], spec.n_obs_steps, axis=1)
+    reader.gather(spec.goal_keys, at, {key: batch[GOAL + key] for key in spec.goal_keys})
+    for key in spec.goal_keys if spec.n_step else ():
+        batch[NEXT + GOAL + key][...] = batch[GOAL + key]
 
 
 def _fetch_backup(reader: StepReader, spec: WindowSpec, backup: Backup, batch: Arrays) -> None:

@@ -6,7 +6,7 @@ Legend: B batch, To history, H horizon, D action, n steps of a backup.
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -27,15 +27,19 @@ from embodied.buffer.sample.draws import DrawStrategy, NewSteps, Uniform
 from embodied.buffer.sample.statistics import (
     FeatureStats,
     RunningStats,
+    Take,
     feature_stats,
     rows_per_chunk,
 )
-from embodied.buffer.sample.windows import WindowIndex, WindowSpec
+from embodied.buffer.sample.texts import EpisodeTexts
+from embodied.buffer.sample.windows import NEXT, WindowIndex, WindowSpec
 from embodied.core.errors import ConfigError
+from embodied.core.instructions import TASK
 
 __all__ = [
     "ArraySize",
     "Draw",
+    "Sampler",
     "Select",
     "StepFlags",
     "StepReader",
@@ -45,6 +49,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+D = TypeVar("D")
 
 _CHUNK_STEPS = 1 << 18
 
@@ -71,12 +76,61 @@ def select_all(episode: EpisodeInfo, flags: StepFlags) -> np.ndarray:
     return np.ones(len(episode.rows), np.bool_)
 
 
+class Sampler(Protocol[D]):
+    """What draws batches D and reads them: WindowSampler, or MixtureSampler over several."""
+
+    @property
+    def num_candidates(self) -> int:
+        """Steps that can be drawn now; 0 while there can be no batch."""
+        ...
+
+    def refresh(self) -> int:
+        """Take over episodes that closed or were removed; returns how many were added."""
+        ...
+
+    def draw(self, batch_size: int, rng: np.random.Generator) -> D:
+        """Draw B steps."""
+        ...
+
+    def prefetch(self, draw: D) -> None:
+        """Start reading what fetch will need."""
+        ...
+
+    def fetch(self, draw: D, out: Mapping[str, np.ndarray] | None = None) -> Arrays:
+        """Read a batch."""
+        ...
+
+    def sample(self, batch_size: int, rng: np.random.Generator) -> Arrays:
+        """Draw and read a batch."""
+        ...
+
+    def update(self, draw: D, priorities: np.ndarray) -> None:
+        """Set the priorities [B] of drawn steps."""
+        ...
+
+    def batch_spec(self, batch_size: int) -> dict[str, ArraySize]:
+        """dtype and shape of every array of a batch."""
+        ...
+
+    def statistics(self, keys: Iterable[str] | None = None) -> dict[str, FeatureStats]:
+        """Exact statistics over the selected steps."""
+        ...
+
+    def save(self) -> dict[str, Any]:
+        """State that neither the data nor the random generator holds, as plain values."""
+        ...
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from what save returned, over the same data."""
+        ...
+
+
 class WindowSampler:
     """Draws windows around selected steps of closed episodes, with replacement.
 
     strategy: uniform by default. tracked: observation keys or "action" of which statistics are
-    kept in `running` on every refresh (of images, each is then read once). For one thread, the
-    reader's.
+    kept in `running` on every refresh (of images, each is then read once). instruction: from the
+    name of a recorded task to its words, if the spec wants them. For one thread, the reader's.
     """
 
     def __init__(
@@ -86,8 +140,11 @@ class WindowSampler:
         select: Select = select_all,
         strategy: DrawStrategy | None = None,
         tracked: Iterable[str] = (),
+        instruction: Callable[[str], str] = str,
     ) -> None:
         self.spec = spec
+        self._instruction = instruction
+        self._texts = EpisodeTexts(spec.task_bytes)
         self._reader = reader
         self._select = select
         self._strategy = Uniform() if strategy is None else strategy
@@ -162,9 +219,14 @@ class WindowSampler:
         for key in self._tracked:
             wanted = selected & ~columns["held"] if key == "action" else selected
             fresh[key] = self._seen(key, rows[wanted], episodes[0])
+        described = episodes if self.spec.task_bytes else []
+        tasks = [self._instruction(episode.task) for episode in described]
+        self._texts.check(tasks)
         # From here on nothing can fail: an episode is taken over as a whole or not at all.
         final_rows = np.array([episode.final_row for episode in episodes], np.int64)
-        self._index.add(rows, lengths, final_rows, selected)
+        numbers = self._index.add(rows, lengths, final_rows, selected)
+        if tasks:
+            self._texts.add(numbers, tasks)
         self._keys += [episode.key for episode in episodes]
         below, ends = np.concatenate(([0], np.cumsum(selected))), np.cumsum(lengths)
         counts = below[ends] - below[ends - lengths]
@@ -253,14 +315,17 @@ class WindowSampler:
         terminated, truncated [B, H], repeating the episode's last step behind its end; reward
         [B, H], 0 behind the end; action_is_pad [B, H]: behind the end, held, or not selected, so
         no label. With an n-step backup: return, discount [B] (float32) and each "next." + key
-        [B, To, ...]; see WindowSpec. The spec's metadata [B] of step t. weight [B] if the strategy
-        has importance weights. Raises one of DRAW_AGAIN for a draw of which episodes have been
-        removed, or turn out to be damaged; the arrays are undefined then.
+        [B, To, ...]; see WindowSpec. With task_bytes: task [B, To, L] (uint8). The spec's metadata
+        [B] of step t. weight [B] if the strategy has importance weights. Raises one of DRAW_AGAIN
+        for a draw of which episodes have been removed, or turn out to be damaged; the arrays are
+        undefined then.
         """
         if lost := self._lost(draw):
             raise StaleDrawError(f"{lost} of {len(draw)} drawn steps have been removed")
         batch = batch_arrays(self.batch_spec(len(draw)), out)
         fetch_windows(self._reader, self.spec, draw, batch)
+        for name in batch.keys() & {TASK, NEXT + TASK}:
+            batch[name][...] = self._texts.of(draw.numbers)[:, None]
         return batch
 
     def sample(self, batch_size: int, rng: np.random.Generator) -> Arrays:
@@ -285,16 +350,26 @@ class WindowSampler:
         return self._readable(lambda: self._statistics(keys))
 
     def _statistics(self, keys: Iterable[str]) -> dict[str, FeatureStats]:
+        return {key: feature_stats(*self.column(key)) for key in keys}
+
+    def column(self, key: str) -> tuple[Take, np.ndarray]:
+        """What reads a column at row ids, and those of the selected steps; of the action, only
+        where the step was not held. Raises ConfigError if there are no selected steps."""
         rows = self._index.rows
         if rows.size == 0:
             raise ConfigError("statistics of no steps: no closed episode has a selected step")
-        labelled = rows[~self._reader.take("held", rows)] if "action" in keys else rows
-        found: dict[str, FeatureStats] = {}
-        for key in keys:
-            self._reader.feature(key)
-            wanted = labelled if key == "action" else rows
-            found[key] = feature_stats(lambda part, key=key: self._reader.take(key, part), wanted)
-        return found
+        self._reader.feature(key)
+        if key == "action":
+            rows = rows[~self._reader.take("held", rows)]
+        return lambda part: self._reader.take(key, part), rows
+
+    def save(self) -> dict[str, Any]:
+        """Nothing: what is drawn depends on the data and the random generator. Priorities are not
+        kept: after a restart every step has the greatest one again."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Inverse of save."""
 
     def tracked_statistics(self) -> dict[str, FeatureStats]:
         """Results of `running`: statistics of the tracked keys over the same steps as statistics,

@@ -5,14 +5,15 @@ Legend: B batch, S sources.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from embodied.buffer.sample.batches import DRAW_AGAIN, Arrays, ArraySize, Draw, batch_arrays
 from embodied.buffer.sample.samplers import WindowSampler
-from embodied.buffer.sample.statistics import FeatureStats, merged
+from embodied.buffer.sample.statistics import FeatureStats, feature_stats, merged
 from embodied.core.errors import ConfigError
 
 _WEIGHT = "weight"
@@ -40,6 +41,11 @@ class Quotas:
         due = (self._taken[sources] + 1 + np.arange(len(sources)) - firsts) / self._shares[sources]
         chosen = sources[np.argsort(due, kind="stable")[:n]]
         return np.bincount(chosen, minlength=len(allowed))
+
+    @property
+    def taken(self) -> list[int]:
+        """How many samples came from each source so far [S]."""
+        return self._taken.tolist()
 
     def take(self, counts: np.ndarray) -> None:
         """Note that so many came from each source [S]."""
@@ -94,8 +100,9 @@ class MixtureSampler:
 
     @property
     def num_candidates(self) -> int:
-        """Steps that can be drawn from all sources together."""
-        return sum(sampler.num_candidates for sampler in self._samplers)
+        """Steps that can be drawn from all sources together; 0 while one of them has none."""
+        counts = [sampler.num_candidates for sampler in self._samplers]
+        return sum(counts) if all(counts) else 0
 
     def refresh(self) -> int:
         """Refresh all sources' samplers; returns how many episodes were added."""
@@ -169,6 +176,39 @@ class MixtureSampler:
                 return self.fetch(draw)
             except DRAW_AGAIN:
                 draw = self.redraw(draw, rng)
+
+    def statistics(self, keys: Iterable[str] | None = None) -> dict[str, FeatureStats]:
+        """As WindowSampler's, over the steps of all sources alike, whatever the ratios."""
+        spec = self._samplers[0].spec
+        keys = (*spec.observation_keys, "action") if keys is None else tuple(keys)
+        self._common_sizes()
+        return {key: self._statistics(key) for key in keys}
+
+    def _statistics(self, key: str) -> FeatureStats:
+        columns = [sampler.column(key) for sampler in self._samplers]
+        ends = np.cumsum([len(rows) for _, rows in columns])
+
+        def take(places: np.ndarray) -> np.ndarray:
+            source = np.searchsorted(ends, places, side="right")
+            return np.concatenate(
+                [
+                    read(rows[places[source == i] - (ends[i] - len(rows))])
+                    for i, (read, rows) in enumerate(columns)
+                    if (source == i).any()
+                ]
+            )
+
+        return feature_stats(take, np.arange(ends[-1]))
+
+    def save(self) -> dict[str, Any]:
+        """How many samples came from each source so far."""
+        return {"taken": dict(zip(self.names, self._quotas.taken, strict=True))}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue where save left off; with other sources than then, the ratios begin anew."""
+        taken = state.get("taken", {})
+        if taken.keys() == set(self.names):
+            self._quotas.take(np.array([taken[name] for name in self.names], np.int64))
 
     def tracked_statistics(self) -> dict[str, FeatureStats]:
         """As WindowSampler's, of the keys that all sources track, over all their steps alike,

@@ -10,6 +10,7 @@ import numpy as np
 
 from embodied.buffer.sample.growing import GrowingArray
 from embodied.core.errors import ConfigError
+from embodied.core.instructions import GOAL, TASK
 
 METADATA = ("intervention", "success", "policy_version", "t_ns")
 """Columns of the drawn step itself that a batch carries if asked to."""
@@ -18,7 +19,7 @@ NEXT = "next."
 """What the name of the observation after n steps begins with."""
 
 _TAKEN = frozenset(("action", "action_is_pad", "reward", "terminated", "truncated", "return"))
-_BATCH_NAMES = _TAKEN | {"discount", "weight", "source", *METADATA}
+_BATCH_NAMES = _TAKEN | {"discount", "weight", "source", TASK, *METADATA}
 
 
 class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -34,7 +35,11 @@ class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     which at the episode's end is its stored last one, and `discount` = discount^m, or 0 if one
     of the m steps terminated. A target is return + discount · value(next observation): an
     episode that was only truncated bootstraps from its last observation (as RLPD, Ball et al.
-    2023). discount: per step. metadata: columns of step t to add, out of METADATA.
+    2023). discount: per step. metadata: columns of step t to add, out of METADATA. task_bytes: L;
+    0 for none, else the episode's task in words, as L bytes, is added to the observations.
+    goal_keys: observation keys of which the episode's last observation is added, To times, under
+    "goal." + key: what the episode did reach is taken for its goal (hindsight, Andrychowicz et al.
+    2017).
     """
 
     n_obs_steps: int
@@ -43,6 +48,8 @@ class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     n_step: int = 0
     discount: float = 1.0
     metadata: tuple[str, ...] = ()
+    task_bytes: int = 0
+    goal_keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.n_obs_steps < 1 or self.horizon < 1:
@@ -67,7 +74,9 @@ class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         keys = self.observation_keys
         if len(set(keys)) < len(keys):
             raise ConfigError(f"observation_keys {list(keys)} name one twice")
-        if taken := [key for key in keys if key in _BATCH_NAMES or key.startswith(NEXT)]:
+        if odd := [key for key in self.goal_keys if key not in keys]:
+            raise ConfigError(f"goal_keys {odd} are not among observation_keys {list(keys)}")
+        if taken := [k for k in keys if k in _BATCH_NAMES or k.startswith((NEXT, GOAL))]:
             raise ConfigError(f"observation_keys {taken} are names of other arrays of a batch")
 
 
@@ -86,12 +95,14 @@ class Backup:
 @dataclass(frozen=True, slots=True)
 class Windows:
     """Row ids of a batch. observed: int64 [B, To]. future: int64 [B, H], the episode's last step
-    being repeated. beyond, selected: bool [B, H], whether each is behind the end, and selected."""
+    being repeated. beyond, selected: bool [B, H], whether each is behind the end, and selected.
+    last: of the episode's last observation, int64 [B]."""
 
     observed: np.ndarray
     future: np.ndarray
     beyond: np.ndarray
     selected: np.ndarray
+    last: np.ndarray
     backup: Backup | None
 
 
@@ -115,9 +126,10 @@ class WindowIndex:
 
     def add(
         self, rows: np.ndarray, lengths: np.ndarray, final_rows: np.ndarray, selected: np.ndarray
-    ) -> None:
+    ) -> np.ndarray:
         """Add E episodes: their steps' rows one after the other and which of them are selected
-        [sum of lengths], their numbers of steps [E], the rows of their last observations [E]."""
+        [sum of lengths], their numbers of steps [E], the rows of their last observations [E].
+        Returns the numbers of their first steps, int64 [E]."""
         before = len(self._order)
         ends = np.cumsum(lengths + 1) - 1
         size = len(rows) + len(lengths)
@@ -131,8 +143,10 @@ class WindowIndex:
         self._candidates.extend(before + np.flatnonzero(chosen))
         self._starts.extend(before + ends - lengths)
         self._ends.extend(before + ends)
-        self._numbers.extend(self._next_number + ends - lengths)
+        numbers = self._next_number + ends - lengths
+        self._numbers.extend(numbers)
         self._next_number += size
+        return numbers
 
     def remove(self, removed: np.ndarray) -> np.ndarray:
         """Take episodes out (bool [E], in the order in which they were added); returns which of
@@ -189,7 +203,7 @@ class WindowIndex:
             backup = Backup(self._order.view[ahead], behind, taken, observed)
         observed = self._history(positions, starts, spec.n_obs_steps)
         future, selected = self._order.view[at], self._selected.view[at]
-        return Windows(observed, future, beyond, selected, backup)
+        return Windows(observed, future, beyond, selected, self._order.view[ends], backup)
 
     def _episodes(self, positions: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._starts.view, positions, side="right") - 1

@@ -19,10 +19,11 @@ from embodied.buffer.serve.messages import (
     StatsReply,
     StatsRequest,
 )
+from embodied.buffer.serve.patience import Patience
 from embodied.buffer.steps.records import encode_step
 from embodied.buffer.steps.schema import Codecs, Schema, encode_schema
 from embodied.buffer.write.progress import StepOrderError
-from embodied.comms.channels import ErrorReply, RequestClient
+from embodied.comms.channels import ErrorReply, RequestClient, Requests
 from embodied.core.episodes import Step
 from embodied.core.errors import ConfigError, EmbodiedError, LinkError
 
@@ -30,6 +31,7 @@ _T = TypeVar("_T")
 _WINDOW = 4
 _POLL_S = 0.02
 _SOFT_BATCH_BYTES = 8 << 20
+_LINK_SILENCE_S = 60.0
 # A lost predecessor and a full disk pass; any other refusal would come again.
 _TRANSIENT = ("StepOrderError", "StorageFullError")
 
@@ -42,6 +44,7 @@ class _Batch:
     sealed: bool = False
     request: int | None = None
     sent_s: float = 0.0
+    resent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +57,17 @@ class _Newest:
 class BufferClient:
     """Sends steps to a BufferService without waiting for it, a few batches in flight.
 
-    Unacknowledged steps are kept, at most max_pending, and sent again in order when no answer
-    comes within resend_s or one was lost: the service may be killed and restarted at any time.
+    Unacknowledged steps are kept, at most max_pending, and sent again in order once an answer is
+    lost: the service may be killed and restarted at any time. A link tells when that is; where
+    nobody can, it is when none comes for resend_s, or for longer where answers take longer.
+    service: its address inside this host, or requests (of types REPLIES) over a link.
     It works while one of its methods is called: call flush at the end of an episode.
     last_error: the latest refusal that will be tried again (full disk).
     """
 
     def __init__(
         self,
-        address: str,
+        service: str | Requests,
         stream: str,
         *,
         batch_steps: int = 256,
@@ -77,12 +82,16 @@ class BufferClient:
                 f"1..{MAX_BATCH_STEPS} and be at least 1"
             )
         self._codecs = Codecs(dict(codecs or {}))
-        self._client = RequestClient(address, REPLIES)
+        self._client: Requests = (
+            RequestClient(service, REPLIES) if isinstance(service, str) else service
+        )
         self._stream = stream
         self._batch_steps = batch_steps
         self._max_pending = max_pending
         self._block_s = block_s
         self._resend_s = resend_s
+        self._patience = Patience(resend_s)
+        self._heard_s = time.monotonic()
         self._queue: deque[_Batch] = deque()
         self._schemas: dict[str, Schema] = {}
         self._hold_until_s = 0.0
@@ -161,15 +170,31 @@ class BufferClient:
             raise self._refusal
         now_s = time.monotonic()
         flying = [batch for batch in self._queue if batch.request is not None]
-        if flying and now_s - flying[0].sent_s > self._resend_s:
+        if flying and self._lost(flying, now_s):
             self._rewind()
             flying = []
         if now_s >= self._hold_until_s:
             self._send(len(flying), now_s)
 
+    def _lost(self, flying: list[_Batch], now_s: float) -> bool:
+        """Whether what is under way must be sent again."""
+        known = [self._client.lost(batch.request) for batch in flying if batch.request is not None]
+        if any(known):
+            return True
+        silence_s = now_s - self._heard_s
+        if None not in known:
+            return silence_s > _LINK_SILENCE_S
+        if silence_s <= self._patience.timeout_s:
+            return False
+        self._patience.ran_out()
+        return True
+
     def _take_reply(self, batch: _Batch, header: Any) -> None:
+        self._heard_s = time.monotonic()
         if isinstance(header, AppendReply):
             self._queue.remove(batch)
+            if not batch.resent:
+                self._patience.measured(self._heard_s - batch.sent_s)
             self.unacknowledged -= len(batch.payloads)
             self.last_error = None
         elif isinstance(header, ErrorReply):
@@ -186,7 +211,7 @@ class BufferClient:
         for batch in self._queue:
             if batch.request is not None:
                 self._client.forget(batch.request)
-                batch.request = None
+                batch.request, batch.resent = None, True
                 self.num_resent += 1
 
     def _send(self, num_flying: int, now_s: float) -> None:
@@ -208,6 +233,8 @@ class BufferClient:
             batch.request = self._client.send(request, arrays)
             if batch.request is None:
                 return
+            if not num_flying:  # silence is counted from here
+                self._heard_s = now_s
             batch.sealed, batch.sent_s = True, now_s
             num_flying += 1
 

@@ -9,8 +9,10 @@ from embodied.buffer.write.progress import StreamCounts
 
 MAX_BATCH_STEPS = 4096
 MAX_BATCH_BYTES = MAX_STEP_BYTES + (1 << 20)
+MAX_RESUME_EPISODES = 256
 
 _Stream = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+_Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class AppendRequest(msgspec.Struct, frozen=True, tag="append", forbid_unknown_fields=True):
@@ -34,8 +36,8 @@ class StatsRequest(msgspec.Struct, frozen=True, tag="stats?", forbid_unknown_fie
 
 class StatsReply(msgspec.Struct, frozen=True, tag="stats", forbid_unknown_fields=True):
     """What the buffer holds. steps: actions; episodes: closed ones; damaged: unreadable records
-    when the service began; durable_seq: last durable sequence number; num_bad: messages dropped
-    because they could not be decoded."""
+    when the service began; durable_seq: last durable sequence number; num_bad: messages that
+    could not be decoded."""
 
     steps: int
     episodes: int
@@ -57,5 +59,22 @@ class EpisodeReply(msgspec.Struct, frozen=True, tag="episode", forbid_unknown_fi
     episode: int
 
 
-REQUESTS = (AppendRequest, StatsRequest, EpisodeRequest)
-REPLIES = (AppendReply, StatsReply, EpisodeReply)
+class ResumeRequest(msgspec.Struct, frozen=True, tag="resume?", forbid_unknown_fields=True):
+    """Asks how far episodes, (stream, number), are durable."""
+
+    episodes: Annotated[
+        tuple[tuple[_Stream, _Count], ...],
+        msgspec.Meta(min_length=1, max_length=MAX_RESUME_EPISODES),
+    ]
+
+
+class ResumeReply(msgspec.Struct, frozen=True, tag="resume", forbid_unknown_fields=True):
+    """One value for each episode asked for. next_index: the first that is not durable, None if the
+    episode was deleted. next_episode: the smallest number above all episodes of its stream."""
+
+    next_index: tuple[int | None, ...]
+    next_episode: tuple[int, ...]
+
+
+REQUESTS = (AppendRequest, StatsRequest, EpisodeRequest, ResumeRequest)
+REPLIES = (AppendReply, StatsReply, EpisodeReply, ResumeReply)

@@ -18,6 +18,8 @@ from embodied.buffer.serve.messages import (
     AppendRequest,
     EpisodeReply,
     EpisodeRequest,
+    ResumeReply,
+    ResumeRequest,
     StatsReply,
 )
 from embodied.buffer.serve.sink import LocalBuffer, StepSink
@@ -80,6 +82,8 @@ class BufferService:
             return self._append(header, arrays), {}
         if isinstance(header, EpisodeRequest):
             return EpisodeReply(self._next_episode(header.stream)), {}
+        if isinstance(header, ResumeRequest):
+            return self._resume(header), {}
         counts = self._writer.counts()
         return (
             StatsReply(
@@ -98,6 +102,14 @@ class BufferService:
         number = max(self._writer.next_episode(stream), self._given.get(stream, 0))
         self._given[stream] = number + 1
         return number
+
+    def _resume(self, header: ResumeRequest) -> ResumeReply:
+        # What was appended is durable before the reply leaves.
+        above = {stream: self._writer.next_episode(stream) for stream, _ in header.episodes}
+        return ResumeReply(
+            tuple(self._writer.next_index(*episode) for episode in header.episodes),
+            tuple(above[stream] for stream, _ in header.episodes),
+        )
 
     def _append(self, header: AppendRequest, arrays: Mapping[str, np.ndarray]) -> AppendReply:
         payloads, lengths = arrays.get("payloads"), arrays.get("lengths")

@@ -14,11 +14,10 @@ import msgspec
 import numpy as np
 
 from embodied.buffer.log.segments import (
-    FIRST_OFFSET,
     RECORD_HEADER,
     Record,
     SegmentFile,
-    end_of,
+    Walk,
 )
 from embodied.buffer.steps.records import (
     CONTROL_RECORD,
@@ -45,7 +44,16 @@ _FIXED_FIELDS = (
     ("reward", "<f4"),
     (".flags", "u1"),
 )
+_OFFSETS: list[int] = [0, 4, 8, 12, 16, 24, 32, 36]
 _FIRST_ROWS = 256
+_HEAD = np.dtype(
+    {
+        "names": [name for name, _ in _FIXED_FIELDS],
+        "formats": [kind for _, kind in _FIXED_FIELDS],
+        "offsets": _OFFSETS,
+        "itemsize": _FIXED.size,
+    }
+)
 
 
 @lru_cache(maxsize=64)
@@ -57,7 +65,7 @@ def row_dtype(schema: Schema) -> np.dtype:
     layout = layout_of(schema)
     names = [name for name, _ in _FIXED_FIELDS]
     formats: list[object] = [kind for _, kind in _FIXED_FIELDS]
-    offsets = [0, 4, 8, 12, 16, 24, 32, 36]
+    offsets = [*_OFFSETS]
     for part in layout.small:
         names.append(part.name)
         formats.append((part.dtype, part.shape))
@@ -88,9 +96,12 @@ class EpisodeKey(NamedTuple):
 
 
 class Rows:
-    """Growing rows of one schema."""
+    """Growing rows of one schema. data: uint8 [capacity, row], of which the first num are there
+    (all if it is not given)."""
 
-    def __init__(self, schema: Schema, data: np.ndarray | None = None) -> None:
+    def __init__(
+        self, schema: Schema, data: np.ndarray | None = None, num: int | None = None
+    ) -> None:
         self.schema = schema
         self._dtype = row_dtype(schema)
         self._small = _small_bytes(schema)
@@ -98,7 +109,7 @@ class Rows:
         self._data = np.zeros((_FIRST_ROWS, self._dtype.itemsize), np.uint8)
         self._num = 0
         if data is not None and len(data):
-            self._data, self._num = data, len(data)
+            self._data, self._num = data, len(data) if num is None else num
         self._flat = self._data.data.cast("B")
 
     def __len__(self) -> int:
@@ -141,6 +152,10 @@ class Rows:
         """The rows as a structured array [n]."""
         return self.bytes.view(self._dtype)[:, 0]
 
+    def heads(self, start: int = 0) -> np.ndarray:
+        """A copy of rows from `start` on without their features: structured [n], in one pass."""
+        return np.ascontiguousarray(self.bytes[start:, : _FIXED.size]).view(_HEAD)[:, 0]
+
 
 class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     segment: int
@@ -156,7 +171,8 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Block:
     """The steps of one segment, by schema. controls: the segment's control records, in order.
 
-    damaged: offsets of records and stretches that could not be read.
+    damaged: offsets of records and stretches that could not be read. last: where the newest record
+    that was taken in begins.
     """
 
     def __init__(self, segment: int) -> None:
@@ -166,6 +182,7 @@ class Block:
         self.controls: list[Control] = []
         self.damaged: list[int] = []
         self.next_seq = 0
+        self.last = 0
         self._ordinals: dict[tuple[str, int], int] = {}
 
     def add(self, record: Record) -> tuple[StepHeader, int, int] | None:
@@ -173,7 +190,7 @@ class Block:
 
         Raises CorruptDataError; the record is among the damaged ones then.
         """
-        self.next_seq = record.seq + 1
+        self.next_seq, self.last = record.seq + 1, record.offset
         try:
             return self._add(record)
         except CorruptDataError:
@@ -202,12 +219,21 @@ class Block:
         """Note a schema that later records of the segment refer to."""
         self.rows.setdefault(number, Rows(schema))
 
+    def know(self, episode: EpisodeKey) -> None:
+        """Note an episode that later steps of the segment belong to."""
+        self._ordinals[episode.stream, episode.number] = len(self.episodes)
+        self.episodes.append(episode)
+
+    @property
+    def num_rows(self) -> int:
+        """Steps of all schemas."""
+        return sum(map(len, self.rows.values()))
+
     def _row(self, rows: Rows, header: StepHeader, record: Record, start: int) -> None:
-        key = header.stream, header.episode
-        ordinal = self._ordinals.get(key)
+        ordinal = self._ordinals.get((header.stream, header.episode))
         if ordinal is None:
-            ordinal = self._ordinals[key] = len(self.episodes)
-            self.episodes.append(EpisodeKey(*key, header.task, header.seed))
+            ordinal = len(self.episodes)
+            self.know(EpisodeKey(header.stream, header.episode, header.task, header.seed))
         first = record.offset + RECORD_HEADER.size
         rows.add(header, ordinal, record.offset, first + start, record.payload[start:])
 
@@ -230,27 +256,23 @@ class Block:
         arrays["episodes"] = np.array(table, np.int64).reshape(len(table), 4)
         write_tensors(path, arrays, msgspec.json.encode(header))
 
+    def extend(self, walk: Walk) -> None:
+        """Take in all records of a walk through the segment."""
+        for record in walk:
+            with contextlib.suppress(CorruptDataError):
+                self.add(record)
+        self.next_seq = walk.next_seq
+        self.damaged = sorted({*self.damaged, *walk.damaged})
+        if walk.file.sealed and walk.end < walk.file.size:
+            self.damaged.append(walk.end)
+
     @classmethod
-    def read(cls, path: Path, segment: int, *, sealed: bool) -> "Block":
+    def read(cls, path: Path, segment: int) -> "Block":
         """Make the block of a segment from its records, stepping over damage."""
         block = cls(segment)
         with SegmentFile(path, segment) as file:
-            block.next_seq = file.base_seq() or 0
-            offset, last = FIRST_OFFSET, -1
-            if file.base_seq() is None:
-                block.damaged.append(0)
-            while True:
-                for record in file.records(offset, last):
-                    offset, last = end_of(record), record.seq
-                    with contextlib.suppress(CorruptDataError):
-                        block.add(record)
-                found = file.find_after(offset + 8, last)
-                if found is None:
-                    if sealed and offset < file.size:
-                        block.damaged.append(offset)
-                    return block
-                block.damaged.append(offset)
-                offset = found
+            block.extend(Walk(file))
+        return block
 
     @classmethod
     def load(cls, path: Path, segment: int, size: int) -> "Block":

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from embodied.buffer.steps import codecs
-from embodied.comms.codec import DTYPES, MAX_DIMS
+from embodied.comms.codec import DTYPES, MAX_DIMS, extent
 from embodied.core.episodes import Step
 from embodied.core.errors import ConfigError, CorruptDataError, SpecError
 
@@ -42,6 +42,11 @@ class Feature(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     @property
+    def span(self) -> int:
+        """Its size if sides of 0 were 1, which bounds what numpy can be asked for."""
+        return extent(self.shape, DTYPES[self.dtype].itemsize)
+
+    @property
     def small(self) -> bool:
         """Whether it is kept in columns."""
         return self.codec == "raw" and self.nbytes <= SMALL_BYTES
@@ -71,7 +76,7 @@ class Schema(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
                 codecs.check(feature.codec, DTYPES[feature.dtype], feature.shape)
         if self.action.codec != "raw" or self.action.nbytes > SMALL_BYTES:
             raise ValueError(f"the action is stored raw, in at most {SMALL_BYTES} bytes")
-        if sum(feature.nbytes for feature in (*self.observation, self.action)) > MAX_STEP_BYTES:
+        if sum(feature.span for feature in (*self.observation, self.action)) > MAX_STEP_BYTES:
             raise ValueError(f"a step has more than {MAX_STEP_BYTES} bytes")
 
     def feature(self, name: str) -> Feature | None:

@@ -12,10 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from embodied.buffer.log.segments import (
-    FIRST_OFFSET,
-    Record,
     SegmentFile,
-    end_of,
+    Walk,
     list_segments,
     segment_path,
 )
@@ -137,7 +135,7 @@ class Contents:
                 continue
             block = None if thorough else load_columns(segment)
             if block is None:
-                block = Block.read(segment.path, number, sealed=segment.sealed)
+                block = Block.read(segment.path, number)
             self._take(block)
             self.segments.append(segment)
             on_bytes(segment.nbytes)
@@ -207,7 +205,7 @@ class Contents:
 
     def _stored(self, segment: Segment, keys: Collection[Key]) -> Iterator[StoredStep]:
         with self._open(segment) as file:
-            for record in walk(file):
+            for record in Walk(file):
                 if record.schema in (SCHEMA_RECORD, CONTROL_RECORD):
                     continue
                 schema = self.schemas.get(record.schema)
@@ -277,19 +275,6 @@ def load_columns(segment: Segment) -> Block | None:
         return Block.load(path, segment.number, segment.nbytes)
     except (CorruptDataError, OSError):
         return None
-
-
-def walk(file: SegmentFile, offset: int = FIRST_OFFSET) -> Iterator[Record]:
-    """All whole records of a segment from one of them on, stepping over damage."""
-    last = -1
-    while True:
-        for record in file.records(offset, last):
-            offset, last = end_of(record), record.seq
-            yield record
-        found = file.find_after(offset + 8, last)
-        if found is None:
-            return
-        offset = found
 
 
 def merged_controls(contents: Iterable[Contents], there: Collection[Key]) -> Control:

@@ -3,7 +3,6 @@
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,19 @@ import msgspec
 import numpy as np
 
 from embodied.buffer.log.lock import LOCK_NAME
-from embodied.buffer.log.segments import FIRST_OFFSET, SegmentFile, end_of
+from embodied.buffer.log.segments import FIRST_OFFSET, SegmentFile, Walk, list_segments
 from embodied.buffer.steps.blocks import Block, block_path
-from embodied.buffer.upkeep.contents import Contents, Key, Segment, walk
+from embodied.buffer.upkeep.contents import Contents, Key, Segment
+from embodied.buffer.write.acknowledged import NAME as ACKNOWLEDGED
 from embodied.buffer.write.catalogue import NAME as CATALOGUE
 from embodied.core.errors import CorruptDataError
 from embodied.core.files import read_tensors
 
-_OURS = re.compile(rf"\d{{8}}\.(seg|seg\.open|cols)|{LOCK_NAME}|{CATALOGUE}(-wal|-shm|-journal)?")
-_COLUMN_FILE = re.compile(r"(\d{8})\.cols")
+_OURS = re.compile(
+    rf"\d{{8}}\.(seg|seg\.open|cols|cols\.part)|{LOCK_NAME}|{ACKNOWLEDGED}|"
+    rf"{CATALOGUE}(-wal|-shm|-journal)?"
+)
+_COLUMN_FILE = re.compile(r"(\d{8})\.cols(\.part)?")
 
 
 class Loss(msgspec.Struct, frozen=True):
@@ -177,11 +180,14 @@ def _lost(
 
 def _end(segment: Segment, last: int) -> int:
     """Where the last whole record of a segment ends, which is not before the one at `last`."""
-    end = FIRST_OFFSET
-    with suppress(FileNotFoundError), SegmentFile(segment.path, segment.number) as file:
-        for record in walk(file, last):
-            end = end_of(record)
-    return end
+    try:
+        with SegmentFile(segment.path, segment.number) as file:
+            walk = Walk(file, last)
+            for _ in walk:
+                pass
+            return walk.end
+    except FileNotFoundError:  # sealed meanwhile
+        return last
 
 
 def _torn(segment: Segment, end: int) -> bool:
@@ -208,16 +214,19 @@ def _gaps(contents: Contents, findings: list[Finding]) -> Iterator[Finding]:
 
 
 def _files(contents: Contents) -> Iterator[Finding]:
-    numbers = {segment.number for segment in contents.segments if segment.sealed}
-    for path in sorted(contents.path.iterdir()):
+    names = sorted(contents.path.iterdir())
+    found = [(segment.number, segment.sealed) for segment in contents.segments]
+    there = {*found, *list_segments(contents.path).items()}
+    for path in names:
         if path.name.endswith(".tmp") and path.name.startswith("."):
             yield Finding("orphan", path.name, -1, "left over from a crash; it can be removed")
         elif not _OURS.fullmatch(path.name):
             yield Finding("foreign", path.name, -1, "not a buffer's file")
-        elif (match := _COLUMN_FILE.fullmatch(path.name)) and int(match[1]) not in numbers:
-            yield Finding(
-                "orphan", path.name, -1, "its segment is gone; the next writer removes it"
-            )
+        elif (match := _COLUMN_FILE.fullmatch(path.name)) and (
+            (int(match[1]), match[2] is None) not in there
+        ):
+            message = "there is no such segment any more; the next writer removes it"
+            yield Finding("orphan", path.name, -1, message)
 
 
 def foreign_files(path: Path) -> list[str]:

@@ -112,13 +112,19 @@ class Journal:
     def note_block(self, block: Block) -> None:
         """Note all steps and control records of a segment."""
         for rows in block.rows.values():
-            view = rows.view
-            order = np.lexsort((view[".index"], view[".episode"]))
-            view = view[order]
-            ordinals, index = view[".episode"], view[".index"].astype(np.int64)
-            final, times = view[".flags"] & _FINAL != 0, view["t_ns"]
+            heads = rows.heads()
+            ordinals, index, flags, times = (
+                heads[name].astype(np.int64) for name in (".episode", ".index", ".flags", "t_ns")
+            )
+            key = ordinals << 32 | index
+            if (key[1:] <= key[:-1]).any():
+                order = np.argsort(key, kind="stable")
+                ordinals, index, flags, times = (
+                    column[order] for column in (ordinals, index, flags, times)
+                )
+            final = flags & _FINAL != 0
             cuts = (np.flatnonzero(np.diff(ordinals)) + 1).tolist()
-            for first, last in zip([0, *cuts], [*cuts, len(view)], strict=True):
+            for first, last in zip([0, *cuts], [*cuts, len(index)], strict=True):
                 if first < last:
                     key = block.episodes[int(ordinals[first])]
                     gone = self.deleted.get(key[:2])
@@ -207,6 +213,14 @@ class Journal:
             for episodes in filter(None, self._episodes.values())
             for progress in (episodes[max(episodes)],)
         )
+
+    def next_index(self, stream: str, number: int) -> int | None:
+        """First index of an episode that is not there; None if the episode was deleted."""
+        progress = self._episodes.get(stream, {}).get(number)
+        if progress is not None:
+            return min(progress.missing, default=progress.next_index)
+        gone = (stream, number) in self.deleted or number < self.retired.get(stream, 0)
+        return None if gone else 0
 
     def next_episode(self, stream: str) -> int:
         """Smallest number above all episodes that the stream has or had."""

@@ -1,6 +1,6 @@
 """What a replay deletes when it grows beyond its bytes: whole segments, the oldest first."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import msgspec
@@ -19,10 +19,13 @@ class SegmentUse:
 
 class Retention(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """max_bytes: most that sealed segments take up on disk. pinned: streams that are never
-    deleted, by name or by a beginning followed by "*" (demonstrations)."""
+    deleted, by name or by a beginning followed by "*" (demonstrations). acknowledged_only: delete
+    only what another site has acknowledged (a spool), and when the disk is full, below max_bytes
+    as well."""
 
     max_bytes: int
     pinned: tuple[str, ...] = ()
+    acknowledged_only: bool = False
 
     def __post_init__(self) -> None:
         if self.max_bytes <= 0:
@@ -35,8 +38,11 @@ class Retention(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             for name in self.pinned
         )
 
-    def expired(self, segments: Iterable[SegmentUse], newest: int) -> Iterator[int]:
-        """Numbers to delete, oldest first, until the rest fits; never `newest` or pinned ones.
+    def expired(
+        self, segments: Iterable[SegmentUse], newest: int, acknowledged: Collection[int] = ()
+    ) -> Iterator[int]:
+        """Numbers to delete, oldest first, until the rest fits; never `newest` or pinned ones, and
+        with acknowledged_only none but `acknowledged`.
 
         Asked lazily: one is deleted before the next is named.
         """
@@ -45,6 +51,7 @@ class Retention(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         for use in uses:
             if total <= self.max_bytes:
                 return
-            if use.number != newest and not any(map(self.is_pinned, use.streams)):
+            held = self.acknowledged_only and use.number not in acknowledged
+            if use.number != newest and not held and not any(map(self.is_pinned, use.streams)):
                 total -= use.nbytes
                 yield use.number

@@ -104,6 +104,17 @@ def test_a_killed_loader_is_started_again_but_not_for_ever(tmp_path, start):
             wait_batch(client)
 
 
+def test_it_tells_of_its_memory_once_or_at_once(tmp_path, start):
+    write_pictures(tmp_path / "buffer", range(2))
+    early, late = start(), start()
+    told = []
+    early.on_ring(told.append)
+    wait_batch(early)
+    wait_batch(late)
+    late.on_ring(told.append)
+    assert len(told) == 2 and len(told[0]) == len(told[1]) > 0
+
+
 def test_it_says_what_it_cannot_do_and_ends_when_nobody_listens(tmp_path, start):
     write_pictures(tmp_path / "buffer", range(3))
     with pytest.raises(ConfigError, match=r"observation\.nothing. is not recorded"):

@@ -15,7 +15,7 @@ from embodied.buffer.sample.priorities import Prioritised
 from embodied.buffer.sample.samplers import WindowSampler, select_all
 from embodied.buffer.sample.windows import WindowSpec
 from embodied.buffer.write.writer import ReplayWriter
-from embodied.core.errors import ConfigError
+from embodied.core.errors import ConfigError, SpecError
 
 SPEC = WindowSpec(2, 4, (STATE, IMAGE))
 BACKUP = WindowSpec(2, 4, (STATE, IMAGE), n_step=3, discount=0.9, metadata=("policy_version",))
@@ -313,3 +313,61 @@ def test_priorities_move_draws():
     batch = sampler.sample(300, rng)
     assert len({key_of(batch, b) for b in range(300)}) == 1
     assert batch["weight"].tolist() == [1.0] * 300
+
+
+def test_a_batch_says_each_episodes_task_in_words():
+    rng = np.random.default_rng(5)
+    reader = MemoryReader()
+    tasks = {"lift": "lift the cube", "push": "push", "идти": "идти"}
+    names = {number: list(tasks)[number % 3] for number in range(12)}
+
+    def record(numbers):
+        for number in numbers:
+            for step in make_steps(0, number, 4, rng, task=names[number]):
+                reader.add(step)
+
+    record(range(6))
+    spec = WindowSpec(2, 3, (STATE,), n_step=2, task_bytes=16)
+    sampler = WindowSampler(reader, spec, instruction=lambda task: tasks[task])
+    assert sampler.batch_spec(7)["task"] == (np.dtype(np.uint8), (7, 2, 16))
+
+    def check():
+        batch = sampler.sample(64, rng)
+        assert np.array_equal(batch["task"], batch["next.task"])
+        for b in range(64):
+            said = {bytes(row).rstrip(b"\0").decode() for row in batch["task"][b]}
+            assert said == {tasks[names[key_of(batch, b)[1]]]}
+
+    check()
+    reader.remove("s0", 0)
+    reader.remove("s0", 3)
+    record(range(6, 12))
+    sampler.refresh()
+    check()
+    with pytest.raises(SpecError, match=r"'lift the cube.*13 bytes.*reads 8"):
+        WindowSampler(reader, WindowSpec(2, 3, (STATE,), task_bytes=8), instruction=tasks.get)
+    with pytest.raises(ConfigError, match=r"'task'.*names of other arrays"):
+        WindowSpec(2, 3, ("task",), task_bytes=8)
+
+
+def test_a_goal_is_the_episodes_last_observation():
+    spec = WindowSpec(2, 3, (STATE, IMAGE), n_step=2, goal_keys=(IMAGE, STATE))
+    reader, sampler, episodes = filled(spec=spec)
+    rng = np.random.default_rng(1)
+
+    def check():
+        draw = sampler.draw(64, rng)
+        sampler.prefetch(draw)
+        batch = sampler.fetch(draw)
+        for b in range(64):
+            stream, number, _ = key_of(batch, b)
+            last = episodes[stream, number][-1].observation
+            for key in (STATE, IMAGE):
+                for name in ("goal." + key, "next.goal." + key):
+                    assert np.array_equal(batch[name][b], np.stack([last[key]] * 2))
+
+    check()
+    reader.remove("s0", 0)
+    check()
+    with pytest.raises(ConfigError, match=r"goal_keys.*observation.state.*not among"):
+        WindowSpec(2, 3, (IMAGE,), goal_keys=(STATE,))

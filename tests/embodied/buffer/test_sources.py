@@ -147,6 +147,28 @@ def test_statistics_of_all_sources():
     ((key, stats),) = mixture.tracked_statistics().items()
     assert key == STATE and stats.count == 19
     assert stats.mean[0] == pytest.approx(9 / 19) and stats.max[2] == 8
+    exact = mixture.statistics()
+    assert exact.keys() == {STATE, IMAGE, "action"} and exact[STATE].count == 19
+    assert exact[STATE].mean == pytest.approx(stats.mean)
+    assert exact[STATE].q99 == pytest.approx(stats.q99)
+
+
+def test_ratios_go_on_where_they_were_saved():
+    def mixture():
+        parts = {"demos": make_source(0)[1], "online": make_source(1)[1]}
+        return MixtureSampler(parts, {"demos": 1, "online": 2})
+
+    whole, first, second = mixture(), mixture(), mixture()
+    rngs = [np.random.default_rng(0) for _ in range(2)]
+    expected = [whole.draw(8, rngs[0]).counts.tolist() for _ in range(4)]
+    found = [first.draw(8, rngs[1]).counts.tolist() for _ in range(2)]
+    second.load(first.save())
+    found += [second.draw(8, rngs[1]).counts.tolist() for _ in range(2)]
+    assert found == expected and len({tuple(counts) for counts in found}) > 1
+    second.load({"taken": {"demos": 5}})
+    assert second.save() == {
+        "taken": {"demos": sum(c[0] for c in found), "online": 32 - sum(c[0] for c in found)}
+    }
 
 
 def test_sources_that_cannot_be_mixed():
@@ -174,6 +196,7 @@ def test_unusable_mixtures():
         with pytest.raises(ConfigError, match="ratio of source 'a' is"):
             MixtureSampler({"a": first}, {"a": ratio})
     mixture = MixtureSampler({"a": first, "b": empty}, {"a": 1, "b": 1})
+    assert mixture.num_candidates == 0
     with pytest.raises(ConfigError, match="source 'b' has nothing to sample"):
         mixture.draw(4, np.random.default_rng(0))
     with pytest.raises(ConfigError, match="batch_size is 0"):

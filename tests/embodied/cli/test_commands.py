@@ -115,17 +115,25 @@ for kind in ("drivers", "cameras", "teleoperators", "enumerators", "resets", "ju
     for name in registry.names(kind):
         registry.resolve(kind, name)
 from sim import family
-for name in ("metaworld/reach", "pusht", "robosuite/Lift", "pointmass"):
+for name in sys.argv[1:]:
     found, task = family.find(name)
     with family.make_device(name, family.SimConfig()) as device:
         device.advance(1)
 """
 
 
-def test_devices_buffer_and_links_work_without_torch():
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        ("pusht", "pointmass"),
+        pytest.param(("metaworld/reach", "robosuite/Lift"), marks=pytest.mark.slow),
+    ],
+    ids=lambda tasks: tasks[0],
+)
+def test_devices_buffer_and_links_work_without_torch(tasks):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, "-c", TORCH_FREE],
+        [sys.executable, "-c", TORCH_FREE, *tasks],
         capture_output=True,
         text=True,
         check=False,

@@ -61,6 +61,7 @@ def held(reader, episode):
     return int(reader.take("held", episode.rows).sum())
 
 
+@pytest.mark.slow
 def test_a_script_demonstrates_and_a_killed_recorder_loses_no_finished_episode(host, tmp_path):
     first = host.start(*BY_SCRIPT, "episodes=50", f"output={tmp_path}")
     line = first.stdout.readline()
@@ -91,6 +92,7 @@ def test_a_script_demonstrates_and_a_killed_recorder_loses_no_finished_episode(h
     assert host.robot.holder == "", "the lease is given back"
 
 
+@pytest.mark.slow
 def test_a_robot_lost_in_the_middle_is_waited_for(host, tmp_path):
     host.wait("ready")
     lost = host.servo_pid()
@@ -99,7 +101,7 @@ def test_a_robot_lost_in_the_middle_is_waited_for(host, tmp_path):
     assert ": success" in line, line + recording.stdout.read()
     time.sleep(0.3)
     os.kill(lost, signal.SIGKILL)
-    said, _ = recording.communicate(timeout=60)
+    said, _ = recording.communicate(timeout=120)
     assert recording.returncode == 0 and "2 of 2" in said, said
     reader = episodes(tmp_path)
     assert reader.num_closed == 2 and host.servo_pid() != lost
@@ -175,8 +177,12 @@ def test_keys_move_the_robot_and_nothing_else_does(host, by_hand):
     assert host.robot.holder == "", "Ctrl-C gives robot and terminal back"
 
 
+@pytest.mark.slow
 def test_a_leader_arm_far_away_is_met_smoothly(host, by_hand, tmp_path):
-    pose = np.array([0.5, -0.5, 0.4, 0.3, 0.4, 0.6])
+    pose = np.array([0.0, -0.5, 0.4, 0.3, 0.4, 0.6])
+    with RemoteDevice(host.robot.address) as robot:
+        rest = robot.latest().observation["observation.state"]
+    pose[0] = rest[0] - np.copysign(0.8, rest[0])  # far from wherever the tests before left it
     with VirtualArm(tmp_path, seed=4, leader=True) as leader:
         leader.write_calibration(tmp_path / "leader.json")
         leader.lead(pose)
@@ -196,7 +202,7 @@ def test_a_leader_arm_far_away_is_met_smoothly(host, by_hand, tmp_path):
         terminal.keys("\x1b")
         assert terminal.end() == 0 and "rejected: start" not in terminal.output
     at = np.array([frame.observation["observation.state"] for frame in frames])
-    assert np.abs(at[0] - pose).max() > 0.5 and at[-1] == pytest.approx(pose, abs=0.05)
+    assert at[-1] == pytest.approx(pose, abs=0.05)
     assert np.abs(np.diff(at, axis=0)).max() * 50 < 2.5
     assert sum(frame.held for frame in frames[60:-1]) < 7
 

@@ -17,6 +17,7 @@ import pytest
 from embodied.comms import direct
 from embodied.comms.codec import encode
 from embodied.comms.direct import DirectClient, DirectServer
+from embodied.comms.framing import pack
 from embodied.core.errors import (
     ConfigError,
     CorruptDataError,
@@ -201,7 +202,7 @@ def test_a_message_that_cannot_be_decoded_is_answered_with_the_reason(address):
 
 def test_garbage_ends_its_own_connection_only(address):
     rng = np.random.default_rng(1)
-    good = direct._pack(7, encode(Ask(1), {"x": np.arange(3)}))
+    good = pack(7, encode(Ask(1), {"x": np.arange(3)}))
     bad = [rng.bytes(int(n)) for n in rng.integers(16, 400, 200)]
     bad += [
         struct.pack("<IIQ", 16, 0, 1),
@@ -224,7 +225,7 @@ def test_garbage_ends_its_own_connection_only(address):
 
 
 def test_a_message_in_pieces_and_several_in_one(address):
-    message = direct._pack(7, encode(Ask(3), {}))
+    message = pack(7, encode(Ask(3), {}))
     with DirectServer(address, Ask, double) as server, serving(server), raw(address) as link:
         for k in range(len(message)):
             link.sendall(message[k : k + 1])
@@ -244,7 +245,7 @@ def test_a_client_that_does_not_listen_delays_nobody_and_fills_nothing(address):
         return Tell(0), {"x": np.zeros(2_000_000, np.uint8)} if header.n else {}
 
     with DirectServer(address, Ask, large) as server, serving(server), raw(address) as deaf:
-        deaf.sendall(direct._pack(1, encode(Ask(1), {})) * 100)
+        deaf.sendall(pack(1, encode(Ask(1), {})) * 100)
         with DirectClient(address, Tell) as client:
             for _ in range(50):
                 client.request(Ask(0), {}, 5)

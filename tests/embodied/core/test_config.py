@@ -48,7 +48,7 @@ def test_every_experiment_composes(experiment, tmp_path):
         ("evaluation.episodes=-1", "at least 0"),
         ("actors.speed=-0.5", "actors.speed"),
         ("policy=null", "policy"),
-        ("~policy.network", "policy.network"),
+        ("~policy.network.name", "policy.network"),
     ],
 )
 def test_wrong_input_names_the_key_and_what_would_be_right(override, said):
@@ -81,6 +81,32 @@ def test_every_registered_name_resolves():
             assert callable(registry.resolve(kind, name)), (kind, name)
 
 
+def test_options_that_are_apart_from_their_class_are_its_own():
+    for kind, rows in registry.OPTIONS.items():
+        assert rows.keys() <= registry.BUILTIN[kind].keys()
+        for name in rows:
+            assert registry.resolve(kind, name).Config is registry.config_type(kind, name)
+
+
+@pytest.mark.parametrize(
+    "kind", ["policies", "networks", "encoders", "text_encoders", "value_heads"]
+)
+def test_options_of_all_that_is_trained_are_apart_from_their_class(kind):
+    composed = {"composed", "pooled", "improved"} if kind == "policies" else set()
+    assert registry.OPTIONS[kind].keys() == registry.BUILTIN[kind].keys() - composed
+
+
+def test_options_are_typed_as_the_component_types_them():
+    data = {"name": "recency", "last_steps": 9}
+    cls, options = config.component("draws", data, "sampling.draw")
+    assert config.options_of("draws", data, "sampling.draw") == options == cls.Config(last_steps=9)
+    for find in (config.options_of, config.component):
+        with pytest.raises(ConfigError, match="Did you mean 'flow'"):
+            find("policies", {"name": "flwo"}, "policy")
+        with pytest.raises(ConfigError, match="policy: name is missing"):
+            find("policies", None, "policy")
+
+
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(registry.BUILTIN["policies"], "ghost", "no_such_package.policy:Ghost")
     registry._rows.cache_clear()
@@ -92,3 +118,28 @@ def test_a_missing_package_is_named(monkeypatch):
         monkeypatch.undo()
         registry._rows.cache_clear()
         registry.names.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["gateway.identity=hub"], "need gateway.listen"),
+        (["gateway.listen=10.0.0.1:1"], "without a certificate nothing listens"),
+        (["gateway.listen=127.0.0.1:0", "algorithm=bc"], "learn from what robots do"),
+        (["gateway.listen=127.0.0.1:0", "actors.count=0"], "actors.count is 0"),
+        (["actors.count=0"], "actors.count is 0"),
+        (["gateway.listen=127.0.0.1:0", "gateway.mbit_s=0"], "gateway.mbit_s is 0"),
+        (
+            [
+                "gateway.listen=127.0.0.1:0",
+                "run.mode=lockstep",
+                "learner.minutes=null",
+                "learner.steps=10",
+            ],
+            "lockstep repeats",
+        ),
+    ],
+)
+def test_what_a_gateway_cannot_do_is_said_before_the_run(overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        load_train(["task=pointmass", *overrides])

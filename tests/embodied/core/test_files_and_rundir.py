@@ -107,3 +107,15 @@ def test_the_configuration_is_stored_typed_and_damage_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"seed": 5')
     with pytest.raises(ConfigError, match="damaged"):
         run.read_config()
+
+
+def test_a_runs_id_is_drawn_once_and_kept(tmp_path):
+    run, other = RunDir(tmp_path / "a"), RunDir(tmp_path / "b")
+    for each in (run, other):
+        each.acquire()
+        each.release()
+    found = run.id()
+    assert run.id() == RunDir(tmp_path / "a").id() == found != other.id()
+    (tmp_path / "a" / "id").write_text("no id")
+    with pytest.raises(CorruptDataError, match="id is damaged"):
+        run.id()

@@ -48,7 +48,7 @@ def make_policy(statistics=None):
     return build_policy("flow", {**options, "n_action_steps": 2}, SPEC, KEYS, stats, seed=3)
 
 
-FORMAT = PolicyFormat(make_policy, policy_state, policy_from_state)
+FORMAT = PolicyFormat((*KEYS, "action"), make_policy, policy_state, policy_from_state)
 
 
 def batches(count, seed=0):

@@ -82,6 +82,14 @@ def test_dagger_records_corrections_with_the_version_that_acted(finished):
     assert {e.task for e in episodes} == {"pointmass"}
 
 
+def test_a_learner_that_demonstrations_keep_short_of_its_first_publication_goes_on(tmp_path):
+    tight = ("learner.samples_per_insert=2", "learner.steps=30", "evaluation.episodes=0")
+    assert train(tmp_path / "run", *tight, "evaluation.final_episodes=0") == 0
+    run = RunDir(tmp_path / "run")
+    assert WeightStore(run.weights).manifest(1).metadata["step"] < 30
+    assert any(row["version"] == 1 for row in run.read("metrics", "actor0"))
+
+
 def test_published_weights_load_and_carry_their_step(finished):
     store = WeightStore(finished.weights)
     version = store.latest_version()
@@ -146,6 +154,7 @@ def test_a_damaged_checkpoint_says_how_to_go_on(tmp_path, capsys, damage):
     assert train(path, "run.resume=true", "learner.steps=100") == 0
 
 
+@pytest.mark.slow
 def test_flow_and_diffusion_over_both_networks_train(tmp_path):
     for policy, network, extra in (
         ("diffusion", "mlp", ["+policy.network.width=64", "+policy.network.depth=1"]),
@@ -184,3 +193,26 @@ def test_the_exported_policy_evaluates_by_itself(finished, capsys):
     assert main(["eval", "--json", *arguments, "task=pointmass"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["successes"] == finished.read("metrics", "evaluation")[-1]["successes"]
+
+
+def test_an_earlier_run_is_a_source_of_every_batch(finished, tmp_path, capsys):
+    path = tmp_path / "run"
+    sources = [
+        "learner.steps=60",
+        f"+sampling.sources.earlier.path={finished.path}",
+        "+sampling.sources.earlier.ratio=3",
+        "+sampling.sources.earlier.draw.name=weighted",
+        "+sampling.sources.earlier.draw.failure=0.5",
+        "sampling.draw.name=recency",
+        "+sampling.draw.last_steps=100",
+    ]
+    assert train(path, *sources) == 0
+    windows = [row["windows"] for row in RunDir(path).read("metrics", "learner")]
+    alone = [row["windows"] for row in finished.read("metrics", "learner")]
+    assert windows[0] > alone[0] + alone[-1] // 2
+    capsys.readouterr()
+    assert train(tmp_path / "wrong", "+sampling.sources.a.path=" + str(tmp_path)) == 2
+    assert "sampling.sources.a.path" in capsys.readouterr().err
+    assert not (tmp_path / "wrong").exists()
+    assert train(tmp_path / "name", "sampling.draw.name=recent") == 2
+    assert "Did you mean 'recency'?" in capsys.readouterr().err

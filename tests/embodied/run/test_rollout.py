@@ -1,11 +1,13 @@
 import itertools
 
+import msgspec
 import numpy as np
 import pytest
 
-from embodied.core.errors import EmbodiedError
-from embodied.core.specs import PolicySpec
+from embodied.core.errors import ConfigError, EmbodiedError, NoActionError, SpecError
+from embodied.core.specs import ArraySpec, PolicySpec
 from embodied.run.evaluate import Evaluator, summarise
+from embodied.run.goals import ExpertGoals
 from embodied.run.rollout import Rollout, Start
 from hal.group import make_group
 from sim import family
@@ -50,6 +52,66 @@ def make_rollout(rows, starts, *, policy=None, horizon=None):
     return rollout, steps
 
 
+class Told(Straight):
+    """Asks for the instruction too, in max_bytes."""
+
+    def __init__(self, max_bytes):
+        super().__init__()
+        told = {**self.spec.observation, "task": ArraySpec((max_bytes,), "uint8")}
+        self.spec = msgspec.structs.replace(self.spec, observation=told)
+
+
+def test_a_policy_that_asks_is_told_the_instruction():
+    policy = Told(20)
+    rollout, _ = make_rollout(2, [[Start(1)], [Start(2)]], policy=policy)
+    run(rollout)
+    text = policy.seen[0]["task"]
+    assert text.shape == (2, 2, 20) and text.dtype == np.uint8
+    assert {bytes(row).rstrip(b"\0") for row in text.reshape(4, 20)} == {b"move to the goal"}
+    with pytest.raises(SpecError, match=r"'move to the goal.*16 bytes.*reads 8"):
+        rollout.set_policy(Told(8), 8)
+
+
+class Aimed(Straight):
+    """Goes to the place it is given for a goal."""
+
+    def __init__(self):
+        super().__init__()
+        state = self.spec.observation["observation.state"]
+        aimed = {"observation.state": state, "goal.observation.state": state}
+        self.spec = msgspec.structs.replace(self.spec, observation=aimed)
+
+    def act(self, carry, obs, *, prefix=None, seed):
+        goal = obs.pop("goal.observation.state")
+        assert goal.shape == obs["observation.state"].shape
+        return super().act(carry, {**obs, "observation.environment_state": goal}, seed=seed)
+
+
+def test_goals_are_what_the_expert_ends_with_from_the_same_start_state():
+    evaluator = Evaluator("pointmass", SimConfig(), rows=3)
+    results = evaluator.run(Aimed(), 1, range(8))
+    evaluator.close()
+    assert sum(result.success for result in results) >= 6
+    rollout, _ = make_rollout(1, [[Start(1)]])
+    with pytest.raises(ConfigError, match=r"'goal.observation.state', and nobody gives"):
+        rollout.set_policy(Aimed(), 1)
+    with pytest.raises(ConfigError, match="'pusht' has no scripted expert"):
+        ExpertGoals("pusht", SimConfig())(1)
+
+
+def test_a_policy_that_reads_what_is_not_there_is_refused():
+    rollout, _ = make_rollout(1, [[]])
+    for array, key, match in (
+        (ArraySpec((8, 8, 3), "uint8"), "observation.images.top", "camera.*top.*sim.cameras"),
+        (ArraySpec((3,)), "observation.state", r"state' as float32 \(3,\).*float32 \(2,\)"),
+    ):
+        policy = Straight()
+        seen = {**policy.spec.observation, key: array}
+        policy.spec = msgspec.structs.replace(policy.spec, observation=seen)
+        with pytest.raises(ConfigError, match=match):
+            rollout.set_policy(policy, 1)
+
+
 def run(rollout, ticks=2000):
     results = []
     for _ in range(ticks):
@@ -59,6 +121,56 @@ def run(rollout, ticks=2000):
         if rollout.idle:
             return results
     raise AssertionError("the rollout did not end")
+
+
+class Counting(Straight):
+    """Counts its decisions in its carry."""
+
+    def init(self, batch):
+        return {"count": np.zeros(batch, np.int64)}
+
+    def act(self, carry, obs, *, prefix=None, seed):
+        self.counts += [(int(s), int(n)) for s, n in zip(seed, carry["count"], strict=True)]
+        _, chunk = super().act(None, obs, seed=seed)
+        return {"count": carry["count"] + 1}, chunk
+
+    counts: list[tuple[int, int]]
+
+
+def test_what_a_policy_remembers_is_kept_row_by_row_and_begins_anew_with_an_episode():
+    seeds = [[1, 2], [3], [4, 5, 6]]
+
+    def decisions(rows):
+        policy = Counting(gain=0.5)
+        policy.counts = []
+        rollout, _ = make_rollout(
+            len(rows), [[Start(s) for s in row] for row in rows], policy=policy, horizon=30
+        )
+        results = run(rollout)
+        assert len(results) == sum(len(row) for row in rows)
+        return policy.counts
+
+    together = decisions(seeds)
+    alone = [found for row in seeds for seed in row for found in decisions([[seed]])]
+    assert sorted(together) == sorted(alone)
+    assert sum(count == 0 for _, count in together) == 6
+    assert max(count for _, count in together) >= 3
+
+
+def test_what_a_policy_remembers_does_not_outlast_its_weights():
+    policies = [Counting(gain=0.0), Counting(gain=0.0)]
+    for policy in policies:
+        policy.counts = []
+    rollout, _ = make_rollout(1, [[Start(1)]], policy=policies[0], horizon=30)
+    for _ in range(9):
+        rollout.tick()
+    rollout.set_policy(policies[0], 8)
+    for _ in range(4):
+        rollout.tick()
+    rollout.set_policy(policies[1], 9)
+    run(rollout)
+    assert [count for _, count in policies[0].counts] == [0, 1, 2, 3]
+    assert [count for _, count in policies[1].counts] == [0, 1, 2, 3]
 
 
 def test_an_episode_has_one_record_a_step_and_the_last_observation_once():
@@ -145,6 +257,33 @@ def test_rows_that_are_due_decide_in_one_batch():
     rollout, _ = make_rollout(3, [[Start(1)], [Start(2)], []], policy=policy)
     run(rollout)
     assert len(policy.seen[0]["observation.state"]) == 2
+
+
+class Absent(Straight):
+    """Gives no decision in every second call."""
+
+    calls = 0
+
+    def act(self, carry, obs, *, prefix=None, seed):
+        self.calls += 1
+        if self.calls % 2:
+            raise NoActionError("nobody answers")
+        return super().act(carry, obs, prefix=prefix, seed=seed)
+
+
+def test_a_row_without_a_decision_waits_and_the_others_go_on():
+    starts = [[Start(2)], [Start(3, takeover_tick=0)]]
+    rollout, steps = make_rollout(2, starts, policy=Absent())
+    rollout.tick()
+    assert [len(row) for row in steps] == [0, 1]
+    run(rollout)
+    undisturbed, expected = make_rollout(2, starts, policy=Straight())
+    run(undisturbed)
+    for row, wanted in zip(steps, expected, strict=True):
+        assert len(row) == len(wanted)
+        for step, other in zip(row, wanted, strict=True):
+            np.testing.assert_array_equal(step.action, other.action)
+            assert (step.held, step.policy_version) == (other.held, other.policy_version)
 
 
 def test_noise_changes_the_expert_and_is_seeded():

@@ -4,8 +4,10 @@ import threading
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from embodied.core.errors import ConfigError, CorruptDataError, EmbodiedError, SpecError
+from embodied.weights.manifests import tensors
 from embodied.weights.store import VersionGoneError, WeightStore, WeightWatcher
 
 CONFIG = {"policy": "flow", "width": 256}
@@ -99,7 +101,7 @@ def test_concurrent_publishers_do_not_overwrite_each_other(tmp_path):
         child.stdin.flush()
     published = {}
     for child in children:
-        for line in child.communicate(timeout=60)[0].splitlines():
+        for line in child.communicate(timeout=120)[0].splitlines():
             version, first = map(int, line.split())
             assert version not in published
             published[version] = first
@@ -273,16 +275,55 @@ def test_watcher_keeps_the_old_policy_when_the_newest_is_damaged(tmp_path):
     assert loaded is not None and loaded[1].version == 3 and watcher.last_error is None
 
 
+def test_arrays_are_read_as_safetensors_reads_them_into_memory_that_is_there(tmp_path):
+    store = WeightStore(tmp_path)
+    kinds = ["bool", *(f"{k}{8 * n}" for k in ("uint", "int") for n in (1, 2, 4, 8))]
+    kinds += ["float16", "float32", "float64"]
+    rng = np.random.default_rng(0)
+    arrays = {kind: rng.integers(0, 2, (2, 3)).astype(kind) for kind in kinds}
+    arrays |= {"number": np.array(1.5), "nothing": np.zeros((0, 4), np.float32)}
+    manifest = store.publish(arrays, CONFIG)
+    theirs = safetensors.numpy.load_file(tmp_path / "blobs" / f"{manifest.sha256}.safetensors")
+    memory = np.empty(manifest.num_bytes + 9, np.uint8)
+    for given in (None, memory, memory[:5]):
+        found, _ = store.load(1, given)
+        assert found.keys() == arrays.keys()
+        for name, array in arrays.items():
+            assert found[name].dtype == theirs[name].dtype == array.dtype
+            np.testing.assert_array_equal(found[name], array)
+            assert found[name].size == 0 or np.shares_memory(found[name], memory) == (
+                given is memory
+            )
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{",
+        b'{"w":{"dtype":"F9","shape":[1],"data_offsets":[0,4]}}',
+        b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}',
+        b'{"w":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}',
+        b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[-4,4]}}',
+        b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,3]}}',
+        b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"more":0}}',
+    ],
+)
+def test_a_header_that_lies_is_refused(header):
+    blob = np.frombuffer(len(header).to_bytes(8, "little") + header + bytes(4), np.uint8)
+    with pytest.raises(CorruptDataError, match="no safetensors"):
+        tensors(blob)
+
+
 def test_watcher_takes_the_newer_one_when_it_loses_against_prune(tmp_path, monkeypatch):
     store = WeightStore(tmp_path)
     store.publish(weights(1), CONFIG)
     real = store.load
 
-    def load(version):
+    def load(version, memory):
         if version == 1:
             store.publish(weights(2), CONFIG)
             store.prune(1)
-        return real(version)
+        return real(version, memory)
 
     monkeypatch.setattr(store, "load", load)
     loaded = WeightWatcher(store).poll()

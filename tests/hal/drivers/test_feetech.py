@@ -65,14 +65,14 @@ def test_repeats_what_was_lost_or_damaged(arm, bus):
 
 
 def test_a_missing_servo_is_named_in_bounded_time(bus):
-    bus.answer_ms = 4.0
+    bus.answer_ms = 20.0
     took_s = []
     for _ in range(5):  # the machine may be busy in most of them
         start_s = time.monotonic()
         with pytest.raises(DeviceLostError, match=r"servo 9 \(\?\) did not answer in 3 attempts"):
             bus.sync_read([1, 9], 56, 8)
         took_s.append(time.monotonic() - start_s)
-    assert min(took_s) < 0.03
+    assert min(took_s) < 0.1  # (2 + 1) * (20 + 2) ms, and room
     assert bus.repeated == 2 * 5
 
 

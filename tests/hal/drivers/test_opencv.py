@@ -32,28 +32,28 @@ def film(tmp_path):
 
 @pytest.fixture
 def stream():
-    """A camera on the network that stops after five pictures."""
+    """A camera on the network that gives pictures until `stop` is set, then nothing for ten s."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
             self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=x")
             self.end_headers()
-            for k in range(5):
-                data = cv2.imencode(".jpg", picture(200, green=20 * k))[1].tobytes()
-                head = f"--x\r\nContent-Type: image/jpeg\r\nContent-Length: {len(data)}\r\n\r\n"
+            data = cv2.imencode(".jpg", picture(200))[1].tobytes()
+            head = f"--x\r\nContent-Type: image/jpeg\r\nContent-Length: {len(data)}\r\n\r\n"
+            while not stop.wait(0.02):
                 self.wfile.write(head.encode() + data + b"\r\n")
-                time.sleep(0.05)
-            stop.wait(10)
+            end.wait(10)
 
         def log_message(self, *_):
             pass
 
-    stop = threading.Event()
+    stop, end = threading.Event(), threading.Event()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/front.mjpg"
+    yield f"http://127.0.0.1:{server.server_port}/front.mjpg", stop
     stop.set()
+    end.set()
     server.shutdown()
     server.server_close()
 
@@ -80,12 +80,14 @@ def test_reads_every_picture_of_a_film_as_rgb(film):
 
 
 def test_a_stream_that_stops_is_an_error_in_time(stream):
-    opened = camera(stream, timeout_s=0.4)
+    url, stop = stream
+    opened = camera(url, timeout_s=0.4)
     opened.open()
     assert opened.read()[..., 0].mean() > 180
+    stop.set()
     start_s = time.monotonic()
     with pytest.raises(DeviceLostError, match=r"no picture within 0\.4 s|no more pictures"):
-        for _ in range(6):
+        for _ in range(1000):
             opened.read()
     assert time.monotonic() - start_s < 5.0, "the stream itself would last for ten"
     opened.close()

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 import time
 
 import numpy as np
@@ -19,8 +20,9 @@ from hand import (
     stopping_s,
 )
 
+from embodied.core.files import write_atomic
 from hal.health import Health
-from hal.safety.latch import HOST_STOP, latch_file, set_latch
+from hal.safety.latch import HOST_STOP, Latch, latch_file, set_latch
 
 UNREADABLE = [b"", b"\xff\xfe", b'{"reason": "", "unix_s": 1}', b"{}", b"["]
 
@@ -182,3 +184,28 @@ def test_a_devices_own_halt_outlasts_the_hosts_stop(tmp_path):
     latch_file(tmp_path, HOST_STOP).unlink()
     device.advance(device.tick + 1)
     assert "beyond its limits" in device.info.reason
+
+
+def test_a_halt_stands_if_its_file_is_written_while_it_is_looked_for(tmp_path, monkeypatch):
+    latch = Latch(tmp_path, "arm")
+    looked_for = threading.Event()
+    look = os.lstat
+
+    def write_late(file, reason):
+        assert looked_for.wait(5)
+        write_atomic(file, b"{}")
+
+    def look_early(path):
+        try:
+            return look(path)
+        except FileNotFoundError:
+            looked_for.set()
+            if path == latch_file(tmp_path, "arm"):
+                latch._writing.join(5)
+            raise
+
+    monkeypatch.setattr("hal.safety.latch.set_latch", write_late)
+    latch.set("stop")
+    monkeypatch.setattr(os, "lstat", look_early)
+    latch.look()
+    assert latch_file(tmp_path, "arm").exists() and latch.reason == "stop"

@@ -14,7 +14,9 @@ from hal.teleop.keyboard import Keyboard, KeyboardConfig, foreground_terminal
 
 HEAD = """
 import os, signal, sys, time
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
+for number in (signal.SIGHUP, signal.SIGQUIT):  # ignored where the tests run in the background
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {support!r})
 import numpy as np
 from follower import FOLLOWER_SPEC

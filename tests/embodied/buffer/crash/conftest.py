@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 
-_lines: list[str] = []
-
 
 @pytest.fixture
-def report():
+def report(record_property):
     """Call it with a line that is to be printed at the end."""
-    return _lines.append
+    return lambda line: record_property("counts", line)
 
 
 @pytest.fixture
@@ -26,5 +24,9 @@ def ram_path() -> Iterator[Path]:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    for line in _lines:
-        terminalreporter.write_line(line)
+    """Reports carry the lines, because a test may have run in another process (pytest-xdist)."""
+    for outcome in ("passed", "failed"):
+        for found in terminalreporter.getreports(outcome):
+            for name, line in found.user_properties:
+                if name == "counts" and found.when == "call":
+                    terminalreporter.write_line(line)

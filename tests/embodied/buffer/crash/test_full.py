@@ -54,7 +54,7 @@ class Filled(Storage):
             leave(0)
 
 def opened():
-    return ReplayWriter(path, SEGMENT_BYTES, codecs=CODECS, storage=Filled())
+    return ReplayWriter(path, SEGMENT_BYTES, codecs=CODECS, chunk_rows=3, storage=Filled())
 
 def check():
     reader.refresh()

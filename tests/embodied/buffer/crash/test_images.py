@@ -7,15 +7,16 @@ from collections import Counter
 import pytest
 from aftermath import check
 from disk import RecordingStorage, restore, whole_files_through
+from sizes import size
 from story import Story, tell
 
 from embodied.buffer.write.retention import Retention
 
 STORIES = (
-    {"segment_bytes": 4096},
-    {"segment_bytes": 16384},
+    {"segment_bytes": 4096, "chunk_rows": 2},
+    {"segment_bytes": 16384, "chunk_rows": 1},
     {"segment_bytes": 6000, "retention": Retention(max_bytes=20_000, pinned=("demo",))},
-    {"segment_bytes": 2600, "retention": Retention(max_bytes=8000)},
+    {"segment_bytes": 2600, "chunk_rows": 1, "retention": Retention(max_bytes=8000)},
 )
 
 
@@ -48,11 +49,11 @@ def run(path, count, report, seed=0):
 
 
 def test_images(ram_path, report):
-    run(ram_path, 120, report)
+    run(ram_path, 50, report)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_many_images(ram_path, report):
-    for seed in range(1, 4):
+    for seed in range(1, size(4, 2)):
         run(ram_path, 500, report, 1000 * seed)

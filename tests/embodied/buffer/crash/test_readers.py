@@ -42,7 +42,8 @@ from embodied.buffer.write.retention import Retention
 from embodied.buffer.write.writer import ReplayWriter
 rng = random.Random(0)
 retention = Retention(max_bytes=90_000, pinned=("demo",))
-with ReplayWriter(Path(sys.argv[2]), 25_000, codecs=CODECS, retention=retention) as writer:
+options = {"codecs": CODECS, "retention": retention, "chunk_rows": 2}
+with ReplayWriter(Path(sys.argv[2]), 25_000, **options) as writer:
     for step in make_episode("demo", 0, 3):
         writer.append(step)
     for episode in range(int(sys.argv[3])):
@@ -92,23 +93,25 @@ def test_a_reader_during_rotation_and_deletion(ram_path, report):
 def test_anything_between_two_operations_of_a_reader(ram_path, monkeypatch, report):
     """Whatever the reader opens may have been sealed or deleted since it looked."""
     path, rng, counts = ram_path / "log", random.Random(0), Counter()
-    writer = ReplayWriter(path, 25_000, retention=RETENTION)
+    writer = ReplayWriter(path, 25_000, retention=RETENTION, chunk_rows=1)
     numbers, busy = iter(range(1 << 30)), []
 
     def write(few):
+        busy.append(True)
         for _ in range(rng.randint(0, few)):
             for step in make_episode("a", next(numbers), rng.randint(1, 4)):
                 writer.append(step)
+            if rng.random() < 0.7:
+                writer.flush()
+        busy.clear()
 
     def before(owner, name):
         real = getattr(owner, name)
 
         def called(*args, **kwargs):
             if not busy and rng.random() < 0.3:
-                busy.append(name)
                 write(rng.choice([2, 30]))
                 counts[name] += 1
-                busy.clear()
             return real(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, called)
@@ -121,9 +124,15 @@ def test_anything_between_two_operations_of_a_reader(ram_path, monkeypatch, repo
     before(SegmentCache, "open")
     before(replay, "list_segments")
     before(tail, "list_segments")
-    for _ in range(60):
+    for turn in range(60):
         write(2)
         reader.refresh()
+        if turn % 3 == 0:  # another one, to which the open segment is new
+            with ReplayReader(path) as late:
+                late.refresh()
+                for info in rng.sample(late.finished(), min(2, late.num_closed)):
+                    check_episode(late, info)
+                assert late.damaged == []
         for info in rng.sample(reader.finished(), min(2, reader.num_closed)):
             check_episode(reader, info)
     monkeypatch.undo()
@@ -132,7 +141,8 @@ def test_anything_between_two_operations_of_a_reader(ram_path, monkeypatch, repo
     assert {info.key for info in reader.finished()} == read(path)[1]
     assert reader.damaged == []
     report(f"writer between two operations of a reader: {dict(counts)}")
-    assert counts.keys() == {"__init__", "record_at", "load", "open", "list_segments"}
+    wanted = {"__init__", "record_at", "load", "open", "list_segments"}
+    assert counts.keys() == wanted
 
 
 def test_a_name_that_is_not_seen_while_it_changes(ram_path, monkeypatch):

@@ -1,0 +1,1 @@
+"""PushT from the demonstrations by people: our policies beside LeRobot's, in equal budgets."""

@@ -1,0 +1,126 @@
+"""How a learner's batches are drawn, as a configuration: draw strategies and further sources."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from embodied.buffer.log.segments import list_segments
+from embodied.buffer.read.replay import ReplayReader
+from embodied.buffer.sample.draws import DrawStrategy
+from embodied.buffer.sample.samplers import Sampler, Select, WindowSampler, WindowSpec
+from embodied.buffer.sample.sources import MixtureSampler
+from embodied.core.config import component
+from embodied.core.errors import ConfigError
+
+OWN = "own"
+"""The source that the run itself records."""
+
+
+class SourceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Data recorded earlier, which stay as they are.
+
+    path: a buffer's folder, or a run's. ratio: its part of every batch, relative to the others'.
+    draw: see SamplingConfig.
+    """
+
+    path: str
+    ratio: float = 1.0
+    draw: dict[str, Any] = msgspec.field(default_factory=lambda: {"name": "uniform"})
+
+
+class SamplingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """draw: name of a draw strategy (uniform, recency, weighted, stratified, prioritised) and its
+    options. ratio: the part of every batch that comes from what the run records. sources: name →
+    what else batches are mixed from, in exact ratios (see sources.Quotas).
+    """
+
+    draw: dict[str, Any] = msgspec.field(default_factory=lambda: {"name": "uniform"})
+    ratio: float = 1.0
+    sources: dict[str, SourceConfig] = {}
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a source that takes the run's own name."""
+        if OWN in self.sources:
+            raise ConfigError(
+                f"sampling.sources: '{OWN}' is what the run records; rename the other"
+            )
+
+
+def check_sampling(config: SamplingConfig) -> None:
+    """Raise ConfigError for what open_sampling would refuse, as far as it shows before."""
+    _make_draw(config.draw, "sampling.draw")
+    for name, source in config.sources.items():
+        _make_draw(source.draw, f"sampling.sources.{name}.draw")
+        _buffer_folder(source, name)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """A sampler, and the readers of further sources that it needs."""
+
+    sampler: Sampler[Any]
+    readers: tuple[ReplayReader, ...] = ()
+
+    def close(self) -> None:
+        """Close these readers; safe to call twice."""
+        for reader in self.readers:
+            reader.close()
+
+
+def open_sampling(
+    config: SamplingConfig,
+    reader: ReplayReader,
+    spec: WindowSpec,
+    select: Select,
+    open_reader: Callable[[Path], ReplayReader],
+    instruction: Callable[[str], str] = str,
+) -> Sampling:
+    """The sampler over the run's reader and all sources, as these are now.
+
+    instruction: see WindowSampler. Raises ConfigError for an unknown strategy, wrong options, or a
+    source without data.
+    """
+    draw = _make_draw(config.draw, "sampling.draw")
+    own = WindowSampler(reader, spec, select, draw, instruction=instruction)
+    if not config.sources:
+        return Sampling(own)
+    samplers, ratios = {OWN: own}, {OWN: config.ratio}
+    readers: list[ReplayReader] = []
+    try:
+        for name, source in config.sources.items():
+            where = f"sampling.sources.{name}"
+            draw = _make_draw(source.draw, f"{where}.draw")
+            found = open_reader(_buffer_folder(source, name))
+            readers.append(found)
+            found.refresh()
+            samplers[name] = WindowSampler(found, spec, select, draw, instruction=instruction)
+            if samplers[name].num_candidates == 0:
+                raise ConfigError(
+                    f"{where}: of {found.num_closed} episodes in {source.path} no step is selected "
+                    "for learning; failed episodes need algorithm.only_successful=false"
+                )
+            ratios[name] = source.ratio
+        return Sampling(MixtureSampler(samplers, ratios), tuple(readers))
+    except BaseException:
+        for found in readers:
+            found.close()
+        raise
+
+
+def _make_draw(options: dict[str, Any], where: str) -> DrawStrategy:
+    cls, config = component("draws", options, where)
+    return cls(config)
+
+
+def _buffer_folder(source: SourceConfig, name: str) -> Path:
+    path = Path(source.path)
+    for folder in (path, path / "buffer"):
+        if list_segments(folder):
+            return folder
+    raise ConfigError(
+        f"sampling.sources.{name}.path={path} is neither a buffer's folder nor a run's: it has no "
+        "segments"
+    )

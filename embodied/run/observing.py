@@ -1,0 +1,64 @@
+"""Whether a policy's observations can be had from a device, and the instruction among them."""
+
+import numpy as np
+
+from embodied.core.errors import ConfigError
+from embodied.core.instructions import GOAL, TASK, encode_instruction
+from embodied.core.protocols import Composite, Policy
+from embodied.core.specs import ArraySpec, DeviceSpec, PolicySpec
+from embodied.core.tasks import Task
+
+
+def check_robot(label: str, policy: Policy, device: DeviceSpec, task: Task, *, goals: bool) -> None:
+    """ConfigError that says which policy reads or commands what the task's robot does not have.
+
+    Of a composed policy it names the part. goals: whether somebody gives them.
+    """
+    if isinstance(policy, Composite):
+        for part, member in policy.parts().items():
+            check_robot(part, member, device, task, goals=goals)
+        return
+    check_readable(label, policy.spec, device, task, goals=goals)
+    if policy.spec.action.shape != device.action.shape:
+        raise ConfigError(
+            f"policy '{label}' produces actions of shape {policy.spec.action.shape}; task "
+            f"'{task.name}' takes {device.action.shape}"
+        )
+
+
+def check_readable(
+    label: str, policy: PolicySpec, device: DeviceSpec, task: Task, *, goals: bool
+) -> np.ndarray | None:
+    """The task's instruction as the policy reads it, uint8 [L]; None if it does not.
+
+    goals: whether somebody gives them. Raises ConfigError if the policy reads an observation that
+    the device does not have, or has in another shape, and SpecError if the instruction is too long.
+    """
+    for key, wanted in policy.observation.items():
+        if key == TASK:
+            continue
+        if key.startswith(GOAL) and not goals:
+            raise ConfigError(
+                f"policy '{label}' reads '{key}', and nobody gives goals for '{task.name}' here: "
+                "policies with policy.goals act in simulated tasks with a scripted expert"
+            )
+        _check(label, key.removeprefix(GOAL), wanted, device, task.name)
+    text = policy.observation.get(TASK)
+    return None if text is None else encode_instruction(task.instruction, text.size)
+
+
+def _check(label: str, key: str, wanted: ArraySpec, device: DeviceSpec, task: str) -> None:
+    found = device.observation.get(key)
+    if found is None:
+        what = "camera" if ".images." in key else "observation"
+        raise ConfigError(
+            f"policy '{label}' reads {what} '{key}', which the device of task '{task}' does not "
+            f"have; it has {', '.join(device.observation)}. sim.cameras says which cameras a "
+            "simulator observes, device selectors such as arm[camera.wrist] those of a robot"
+        )
+    if found.shape != wanted.shape or (found.dtype == "uint8") != (wanted.dtype == "uint8"):
+        raise ConfigError(
+            f"policy '{label}' reads '{key}' as {wanted.dtype} {wanted.shape}, the device of task "
+            f"'{task}' has {found.dtype} {found.shape}; sim.image_size sets the size of a "
+            "simulator's pictures"
+        )

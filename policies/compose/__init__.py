@@ -1,0 +1,1 @@
+"""Several policies as one, at test time: scores combined, or proposals ranked."""

@@ -1,0 +1,1 @@
+"""Critics: values of action chunks, learned beside a policy."""

@@ -1,0 +1,1 @@
+"""Encoders that turn observations into the vector that conditions a policy."""

@@ -1,0 +1,92 @@
+"""From observations to the vector that conditions a policy. B batch, T history, C conditioning."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from embodied.core.config import component
+from embodied.core.errors import ConfigError
+from embodied.core.instructions import GOAL, TASK
+from embodied.core.specs import PolicySpec
+from policies.configs import ImagesConfig
+from policies.encoders.images import ImagesEncoder
+from policies.normalizer import LinearNormalizer, is_image
+
+
+class ObservationEncoder(nn.Module):
+    """State keys normalised and flattened, pictures and the instruction encoded, one after another.
+
+    A goal is one more step behind the history of its key. Identity normalisers until statistics or
+    a checkpoint set them. sizes: of the parts of the vector: each state key's steps, each camera's,
+    and the instruction.
+    """
+
+    def __init__(
+        self,
+        spec: PolicySpec,
+        images: ImagesConfig,
+        language: Mapping[str, Any] | None,
+        where: str = "policy",
+    ) -> None:
+        """language: a registered text encoder and its options, if the spec has an instruction.
+
+        where: what the options are part of.
+        """
+        super().__init__()
+        now = {k: s for k, s in spec.observation.items() if k != TASK and not k.startswith(GOAL)}
+        for key in spec.observation:
+            base = key.removeprefix(GOAL)
+            if base != key and now.get(base) != spec.observation[key]:
+                raise ConfigError(f"the {where} reads '{key}', but no '{base}' of the same shape")
+        cameras = {k: s for k, s in now.items() if is_image(k, s)}
+        steps = {k: spec.n_obs_steps + (GOAL + k in spec.observation) for k in now}
+        self.states = tuple(k for k in now if k not in cameras)
+        # Module names may hold no dots, keys do: normalisers are kept in the spec's order.
+        self.normalizers = nn.ModuleList(LinearNormalizer(now[key].shape) for key in self.states)
+        self.sizes = [steps[key] * now[key].size for key in self.states]
+        self.images: ImagesEncoder | None = None
+        if cameras:
+            self.images = ImagesEncoder(cameras, images, where)
+            self.sizes += [steps[key] * self.images.features for key in cameras]
+        if (TASK in spec.observation) != (language is not None):
+            raise ConfigError(
+                f"{where}.language is {language} and the {where}'s observation keys are "
+                f"{sorted(spec.observation)}: '{TASK}' belongs to them if, and only if, "
+                f"{where}.language names a text encoder"
+            )
+        self.text: nn.Module | None = None
+        if language is not None:
+            encoder, options = component("text_encoders", language, f"{where}.language")
+            self.text = encoder(options)
+            self.sizes.append(options.features)
+
+    @property
+    def dim(self) -> int:
+        """C."""
+        return sum(self.sizes)
+
+    def normalizer(self, key: str) -> LinearNormalizer:
+        """That of a state key."""
+        found = self.normalizers[self.states.index(key)]
+        assert isinstance(found, LinearNormalizer)
+        return found
+
+    def forward(
+        self, obs: Mapping[str, torch.Tensor], rng: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """[B, C] from tensors [B, T, …] in device units, of the spec's shapes.
+
+        rng: draws what pictures undergo in training; None for inference.
+        """
+        obs = {
+            key: torch.cat([x, obs[GOAL + key][:, -1:]], dim=1) if GOAL + key in obs else x
+            for key, x in obs.items()
+        }
+        parts = [self.normalizer(key).normalize(obs[key]).flatten(1) for key in self.states]
+        if self.images is not None:
+            parts += self.images(obs, rng)
+        if self.text is not None:
+            parts.append(self.text(obs[TASK][:, -1]))
+        return torch.cat(parts, dim=1)

@@ -1,0 +1,205 @@
+"""A policy whose proposals a critic improves.
+
+Shapes: B batch, n proposals, m of them kept, H chunk, d of it committed, D action, C conditioning.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import msgspec
+import numpy as np
+import torch
+from torch import nn
+
+from embodied.core.errors import ConfigError, CorruptDataError
+from embodied.core.seeds import derive_seed
+from embodied.core.specs import PolicySpec
+from policies import noise
+from policies.arrays import float32_bounds, put_prefix
+from policies.checkpoint import construct, policy_state, spec_data, spec_from_data
+from policies.compose.members import check_actions, own_part
+from policies.critics.configs import CriticConfig, ImprovementConfig
+from policies.critics.ensemble import EnsembleCritic
+from policies.guidance import check_delay
+from policies.improvement import choose, improve
+from policies.noise import Generators
+
+
+class StoredCritic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The critic of an improved policy. spec: what it reads, as in a checkpoint."""
+
+    spec: dict[str, Any]
+    options: CriticConfig
+
+
+class ImprovedConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Options of an improved policy. policy: its configuration as in a checkpoint of its own."""
+
+    policy: dict[str, Any]
+    critic: StoredCritic
+    improvement: ImprovementConfig = msgspec.field(default_factory=ImprovementConfig)
+
+
+class ImprovedPolicy(nn.Module):
+    """Draws proposals from a policy, which needs no more than `sample` and `loss`, and acts on what
+    the optimiser of actions makes of them (policies/improvement.py).
+
+    Learning is the policy's alone: no gradient of `loss` reaches the critic.
+    """
+
+    name: ClassVar[str] = "improved"
+    Config = ImprovedConfig
+
+    low_D: torch.Tensor
+    high_D: torch.Tensor
+
+    def __init__(
+        self,
+        spec: PolicySpec,
+        config: ImprovedConfig,
+        policy: nn.Module | None = None,
+        critic: EnsembleCritic | None = None,
+    ) -> None:
+        """policy, critic: if they are at hand; else they get weights from a checkpoint."""
+        super().__init__()
+        self.config = config
+        self.spec = spec
+        self.policy: Any = construct(config.policy) if policy is None else policy
+        if spec != self.policy.spec:
+            raise CorruptDataError("the improved policy's spec is not the one of its policy")
+        if critic is None:
+            judged = spec_from_data(config.critic.spec, "critic")
+            critic = EnsembleCritic(judged, config.critic.options)
+        self.critic = critic
+        _check_critic(spec, self.critic)
+        for name, bound in zip(("low_D", "high_D"), float32_bounds(spec.action), strict=True):
+            self.register_buffer(name, torch.as_tensor(bound), persistent=False)
+
+    def parts(self) -> dict[str, Any]:
+        """The policy that proposes."""
+        return {"policy": self.policy}
+
+    def init(self, batch: int) -> None:
+        """Nothing is carried between decisions."""
+        return None
+
+    @torch.no_grad()
+    def act(
+        self,
+        carry: None,
+        obs: Mapping[str, np.ndarray],
+        *,
+        prefix: np.ndarray | None = None,
+        seed: np.ndarray,
+    ) -> tuple[None, np.ndarray]:
+        """Chunks [B, H, D] float32, as of Policy. A row depends on its own seed alone.
+
+        Proposals are judged, and moved, with the prefix [B, d, D] in place.
+        """
+        cond_BC = self._encode(obs)
+        seeds = noise.check_seeds(seed, len(cond_BC))
+        count = self.config.improvement.proposals
+        drawn: list[torch.Tensor] = []
+        for row, row_seed in enumerate(seeds):
+            obs_1 = {key: value[row : row + 1] for key, value in obs.items()}
+            own_seed = derive_seed(row_seed, "proposals")
+            drawn.append(self.policy.sample(obs_1, count, seed=own_seed))
+        generators = [_generator(row_seed) for row_seed in seeds]
+        actions_BHD = self._decide(cond_BC, torch.cat(drawn), generators, prefix).cpu().numpy()
+        if prefix is not None:
+            put_prefix(actions_BHD, prefix)
+        return None, actions_BHD
+
+    @torch.no_grad()
+    def sample(self, obs: Mapping[str, Any], n: int, *, seed: int) -> torch.Tensor:
+        """n decisions for each row, each from proposals of its own: [B, n, H, D] float32."""
+        count = self.config.improvement.proposals
+        drawn = self.policy.sample(obs, n * count, seed=derive_seed(seed, "proposals"))
+        cond_BC = self._encode(obs).repeat_interleave(n, dim=0)
+        pools = drawn.unflatten(1, (n, count)).flatten(0, 1)
+        return self._decide(cond_BC, pools, _generator(seed), None).unflatten(0, (-1, n))
+
+    def loss(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, float]]:
+        """The policy's."""
+        return self.policy.loss(batch)
+
+    def seed_training(self, seed: int) -> None:
+        """Start the policy's stream of training noise."""
+        self.policy.seed_training(seed)
+
+    def _encode(self, obs: Mapping[str, Any]) -> torch.Tensor:
+        return self.critic.encode(own_part("critic", self.critic.spec, self.spec, obs))
+
+    def _decide(
+        self,
+        cond_BC: torch.Tensor,
+        pool_BnHD: torch.Tensor,
+        rng: Generators,
+        prefix: np.ndarray | None,
+    ) -> torch.Tensor:
+        """Chunks [B, H, D]; committed actions have no slope, so that they stay."""
+        committed = 0
+        if prefix is not None:
+            pool_BnHD = _with_prefix(pool_BnHD, prefix)
+            committed = prefix.shape[1]
+            check_delay(self.spec.horizon, self.spec.n_action_steps, committed)
+        with torch.inference_mode(False):  # tensors made in it can have no slope, their copies can
+            return self._ascended(cond_BC.clone(), pool_BnHD.clone(), committed, rng)
+
+    def _ascended(
+        self, cond_BC: torch.Tensor, pool_BnHD: torch.Tensor, committed: int, rng: Generators
+    ) -> torch.Tensor:
+        def q_of(actions_BnHD: torch.Tensor) -> torch.Tensor:
+            head_BndD = actions_BnHD[:, :, :committed].detach()
+            whole_BnHD = torch.cat([head_BndD, actions_BnHD[:, :, committed:]], dim=2)
+            return self.critic.values(cond_BC, whole_BnHD).mean(dim=0)
+
+        options = self.config.improvement
+        kept_BmHD, q_Bm = improve(q_of, pool_BnHD, self.low_D, self.high_D, options)
+        return choose(kept_BmHD, q_Bm, options.temperature, rng)
+
+
+def improved(policy: Any, critic: EnsembleCritic, improvement: ImprovementConfig) -> ImprovedPolicy:
+    """A trained policy, acting with a critic; both become its parts, not copies.
+
+    ConfigError if the critic judges other chunks or reads other keys than the policy.
+    """
+    config = ImprovedConfig(
+        policy=policy_state(policy)[0],
+        critic=StoredCritic(spec=spec_data(critic.spec), options=critic.config),
+        improvement=improvement,
+    )
+    return ImprovedPolicy(policy.spec, config, policy, critic)
+
+
+def _check_critic(spec: PolicySpec, critic: EnsembleCritic) -> None:
+    """ConfigError unless the critic can be asked wherever the policy acts."""
+    check_actions(("policy", "critic"), (spec, critic.spec))
+    for key, array in critic.spec.observation.items():
+        if spec.observation.get(key) != array:
+            raise ConfigError(
+                f"the critic reads '{key}' as {array}; the policy it improves has "
+                f"{spec.observation.get(key, 'no such key')}: a critic that acts must read no more "
+                f"than the policy, which reads {', '.join(spec.observation)}"
+            )
+    if critic.spec.n_obs_steps > spec.n_obs_steps:
+        raise ConfigError(
+            f"the critic reads {critic.spec.n_obs_steps} observations, the policy only "
+            f"{spec.n_obs_steps}; a critic that acts must read no more of them"
+        )
+    if critic.config.horizon > spec.horizon:
+        raise ConfigError(
+            f"critic.horizon is {critic.config.horizon}, and the policy's chunks have "
+            f"{spec.horizon} steps; the critic must judge no more"
+        )
+
+
+def _with_prefix(pool_BnHD: torch.Tensor, prefix: np.ndarray) -> torch.Tensor:
+    """The proposals with the committed actions at their head; SpecError if they do not fit."""
+    rows = pool_BnHD.flatten(0, 1).cpu().numpy().copy()
+    put_prefix(rows, np.repeat(prefix, pool_BnHD.shape[1], axis=0))
+    return torch.from_numpy(rows).view_as(pool_BnHD).to(pool_BnHD)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(derive_seed(seed, "choice"))
