@@ -252,7 +252,7 @@ def test_a_cut_closes_everything_and_refuses_for_a_time():
         while True:
             tried_s = time.monotonic()
             assert attempt(relay, b"again") == b""
-            if len(target.received) == 4:
+            if len(target.received) >= 4:
                 break
             refused += 1
             assert tried_s < ends_s + WAIT_S
