@@ -152,11 +152,11 @@ class OurTrainee:
             return build_policy(policy["name"], options, device, self._keys, statistics, seed=seed)
 
         layout = PolicyFormat((*self._keys, "action"), make, policy_state, policy_from_state)
+        training_seed = derive_seed(seed, "training noise")
         if self._path.exists():
-            self._learner, _ = Learner.load(self._path, layout, config)
+            self._learner, _ = Learner.load(self._path, layout, config, seed=training_seed)
         else:
             made = make(demonstrations.statistics())
-            training_seed = derive_seed(seed, "training noise")
             self._learner = Learner(made, layout, config, seed=training_seed)
         self.parameters = sum(p.numel() for p in self._learner.policy.parameters())
 

@@ -119,6 +119,25 @@ class ImprovedPolicy(nn.Module):
         pools = drawn.unflatten(1, (n, count)).flatten(0, 1)
         return self._decide(cond_BC, pools, _generator(seed), None).unflatten(0, (-1, n))
 
+    @torch.no_grad()
+    def optimised(
+        self,
+        obs: Mapping[str, Any],
+        *,
+        seed: int,
+        temperature: float | None,
+        data_BHD: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Chunks [B, H, D] float32 to learn from, or to judge: as `sample` with n = 1, but chosen
+        at this temperature, and among them recorded ones (see `improve`). Other keys of obs, such
+        as of a batch, are left alone."""
+        obs = {key: obs[key] for key in self.spec.observation}
+        count = self.config.improvement.proposals
+        drawn = self.policy.sample(obs, count, seed=derive_seed(seed, "proposals"))
+        options = msgspec.structs.replace(self.config.improvement, temperature=temperature)
+        cond_BC = self._encode(obs)
+        return self._chosen(cond_BC, drawn, 0, _generator(seed), options, data_BHD)
+
     def loss(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, float]]:
         """The policy's."""
         return self.policy.loss(batch)
@@ -126,6 +145,14 @@ class ImprovedPolicy(nn.Module):
     def seed_training(self, seed: int) -> None:
         """Start the policy's stream of training noise."""
         self.policy.seed_training(seed)
+
+    def training_rng_state(self) -> torch.Tensor:
+        """State of the policy's stream of training noise."""
+        return self.policy.training_rng_state()
+
+    def set_training_rng_state(self, state: torch.Tensor) -> None:
+        """Continue the policy's stream of training noise."""
+        self.policy.set_training_rng_state(state)
 
     def _encode(self, obs: Mapping[str, Any]) -> torch.Tensor:
         return self.critic.encode(own_part("critic", self.critic.spec, self.spec, obs))
@@ -143,20 +170,28 @@ class ImprovedPolicy(nn.Module):
             pool_BnHD = _with_prefix(pool_BnHD, prefix)
             committed = prefix.shape[1]
             check_delay(self.spec.horizon, self.spec.n_action_steps, committed)
-        with torch.inference_mode(False):  # tensors made in it can have no slope, their copies can
-            return self._ascended(cond_BC.clone(), pool_BnHD.clone(), committed, rng)
+        return self._chosen(cond_BC, pool_BnHD, committed, rng, self.config.improvement)
 
-    def _ascended(
-        self, cond_BC: torch.Tensor, pool_BnHD: torch.Tensor, committed: int, rng: Generators
+    def _chosen(
+        self,
+        cond_BC: torch.Tensor,
+        pool_BnHD: torch.Tensor,
+        committed: int,
+        rng: Generators,
+        options: ImprovementConfig,
+        data_BHD: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        def q_of(actions_BnHD: torch.Tensor) -> torch.Tensor:
-            head_BndD = actions_BnHD[:, :, :committed].detach()
-            whole_BnHD = torch.cat([head_BndD, actions_BnHD[:, :, committed:]], dim=2)
-            return self.critic.values(cond_BC, whole_BnHD).mean(dim=0)
+        with torch.inference_mode(False):  # tensors made in it can have no slope, their copies can
+            cond_BC, pool_BnHD = cond_BC.clone(), pool_BnHD.clone()
 
-        options = self.config.improvement
-        kept_BmHD, q_Bm = improve(q_of, pool_BnHD, self.low_D, self.high_D, options)
-        return choose(kept_BmHD, q_Bm, options.temperature, rng)
+            def q_of(actions_BnHD: torch.Tensor) -> torch.Tensor:
+                head_BndD = actions_BnHD[:, :, :committed].detach()
+                whole_BnHD = torch.cat([head_BndD, actions_BnHD[:, :, committed:]], dim=2)
+                return self.critic.values(cond_BC, whole_BnHD).mean(dim=0)
+
+            low_D, high_D = self.low_D, self.high_D
+            kept_BmHD, q_Bm = improve(q_of, pool_BnHD, low_D, high_D, options, data_BHD)
+            return choose(kept_BmHD, q_Bm, options.temperature, rng)
 
 
 def improved(policy: Any, critic: EnsembleCritic, improvement: ImprovementConfig) -> ImprovedPolicy:

@@ -24,21 +24,25 @@ def improve(
     low_D: torch.Tensor,
     high_D: torch.Tensor,
     config: ImprovementConfig,
+    data_BHD: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The kept proposals after the ascent [B, m, H, D], and their values [B, m]; no gradients.
 
     No proposal is ever worse than it was. Actions are in device units and stay within the bounds.
-    SpecError for fewer than m proposals, ConfigError for bounds that are not finite, EmbodiedError
-    for values that are not.
+    data_BHD: recorded chunks, which take the worst kept one's place before the ascent. SpecError
+    for fewer than m proposals, ConfigError for bounds that are not finite, EmbodiedError for values
+    that are not.
     """
     with torch.no_grad():
-        if actions_BnHD.shape[1] > config.kept:
-            actions_BnHD = rank(q_of, actions_BnHD, config.kept)
-        elif actions_BnHD.shape[1] < config.kept:
+        if actions_BnHD.shape[1] < config.kept:
             raise SpecError(
                 f"there are {actions_BnHD.shape[1]} proposals, of which improvement.kept="
                 f"{config.kept} shall be kept; draw at least as many"
             )
+        if actions_BnHD.shape[1] > config.kept or data_BHD is not None:
+            actions_BnHD = rank(q_of, actions_BnHD, config.kept)
+        if data_BHD is not None:
+            actions_BnHD = torch.cat([actions_BnHD[:, :-1], data_BHD[:, None]], dim=1)
         return ascend(q_of, actions_BnHD, low_D, high_D, config.steps, config.step_size)
 
 

@@ -69,6 +69,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     "algorithms": {
         "bc": "embodied.learn.bc:BC",
         "dagger": "embodied.learn.dagger:DAgger",
+        "parl": "embodied.learn.parl:PARL",
     },
     "draws": {
         "uniform": "embodied.buffer.sample.draws:Uniform",

@@ -1,12 +1,21 @@
 """Behaviour cloning: learn the expert's actions from the expert's states."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import msgspec
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from embodied.buffer.read.replay import EpisodeInfo
 from embodied.buffer.sample.samplers import StepFlags
+from embodied.buffer.sample.sampling import OWN, OwnSource
+from embodied.buffer.sample.windows import WindowSpec
+from embodied.learn.config import BCConfig, LearnerConfig
+
+if TYPE_CHECKING:  # it loads torch, which actors do not need for this
+    from embodied.learn.updates.base import Updates
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +31,19 @@ class EpisodePlan:
 class BC:
     """Behaviour cloning (Pomerleau 1989): nothing is collected after the demonstrations."""
 
+    Config = BCConfig
+
     collects = False
     """Whether actors go on after the demonstrations."""
 
-    class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-        """only_successful: learn from successful episodes alone."""
+    asks_expert = False
+    """Whether an expert acts in what they collect then."""
 
-        only_successful: bool = True
+    critic: Mapping[str, Any] | None = None
+    improvement: Mapping[str, Any] = {}
+    """Options of the critic that the policy is improved by, None for none, and how."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: BCConfig) -> None:
         self.config = config
 
     def plan(self, demonstration_ticks: int, rng: np.random.Generator) -> EpisodePlan | None:
@@ -44,3 +57,20 @@ class BC:
         """Which of an episode's actions are labels: those the expert chose."""
         usable = episode.success or not self.config.only_successful
         return flags.intervention & usable
+
+    def check_value_range(self, low: float, high: float) -> None:
+        """Raise ConfigError if values of what is rewarded can lie outside these."""
+
+    def sources(self) -> dict[str, OwnSource]:
+        """What is learned from, of what the run records."""
+        return {OWN: OwnSource(self.select)}
+
+    def windows(self, spec: WindowSpec, n_action_steps: int) -> WindowSpec:
+        """The policy's windows, with what else the updates need."""
+        return spec
+
+    def updates(self, policy: Any, options: LearnerConfig, seed: int) -> Updates:
+        """What a learner does with a batch."""
+        from embodied.learn.updates.base import Cloning
+
+        return Cloning(policy, options, seed)

@@ -1,9 +1,11 @@
-"""Options of the learner; apart from it, so that reading them does not load torch."""
+"""Options of the learner and of algorithms; apart, so that reading them does not load torch."""
 
-from typing import Literal
+import math
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+from embodied.core.errors import ConfigError
 from embodied.weights.governor import GovernorConfig
 
 
@@ -38,3 +40,65 @@ class LearnerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     gpu: str = "gpu"
     gpu_wait_s: float = 60.0
     governor: GovernorConfig = msgspec.field(default_factory=GovernorConfig)
+
+
+Rate = Annotated[float, msgspec.Meta(gt=0)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class BCConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """only_successful: learn from successful episodes alone."""
+
+    only_successful: bool = True
+
+
+class DAggerConfig(BCConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """roll_in: greatest takeover tick as a multiple of the longest demonstration."""
+
+    roll_in: float = 1.5
+
+
+class PARLConfig(BCConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Options of policy-agnostic reinforcement learning.
+
+    only_successful: clone successful demonstrations alone; the critic learns from all.
+    cloning_steps, offline_steps: gradient steps of the first two phases; then the policy acts.
+    demonstrations: share of what the run records that comes from demonstrations, in every batch.
+    critic: options of CriticConfig but for its horizon, which is how many actions are executed;
+    improvement: of ImprovementConfig. rewards, discount: see WindowSpec; the discount is per step.
+    critic_learning_rate; target_rate: τ by which the target critic follows; backup_members: of how
+    many random members of it the least value is taken. critic_steps: critic steps to one of
+    distillation. distil_learning_rate; distil_temperature: see ImprovementConfig.
+    distil_data: whether the recorded action is among the candidates.
+    """
+
+    cloning_steps: Count = 2000
+    offline_steps: Count = 2000
+    demonstrations: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.5
+    critic: dict[str, Any] = msgspec.field(default_factory=lambda: {})
+    improvement: dict[str, Any] = msgspec.field(default_factory=lambda: {})
+    rewards: Literal["recorded", "sparse", "cost"] = "cost"
+    discount: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.99
+    critic_learning_rate: Rate = 3e-4
+    target_rate: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.005
+    backup_members: Annotated[int, msgspec.Meta(ge=1)] = 2
+    critic_steps: Annotated[int, msgspec.Meta(ge=1)] = 1
+    distil_learning_rate: Rate = 1e-4
+    distil_temperature: Rate | None = None
+    distil_data: bool = True
+
+    def value_range(self) -> tuple[float, float]:
+        """Between what the values lie; of recorded rewards nothing is known."""
+        if self.rewards == "recorded":
+            return (-math.inf, math.inf)
+        return (0.0, 1.0) if self.rewards == "sparse" else (-1 / (1 - self.discount), 0.0)
+
+    def check_value_range(self, low: float, high: float) -> None:
+        """Raise ConfigError if a value head from low to high cannot hold the values."""
+        least, most = self.value_range()
+        if math.isfinite(least) and not (low <= least and most <= high):
+            raise ConfigError(
+                f"algorithm.critic.head goes from {low:g} to {high:g}; with rewards={self.rewards} "
+                f"and discount={self.discount:g} values lie between {least:g} and {most:g}: widen "
+                "it, and a little beyond"
+            )

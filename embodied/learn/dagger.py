@@ -3,6 +3,7 @@
 import numpy as np
 
 from embodied.learn.bc import BC, EpisodePlan
+from embodied.learn.config import DAggerConfig
 
 
 class DAgger(BC):
@@ -15,14 +16,11 @@ class DAgger(BC):
     from states that the policy visits, is added to the labels.
     """
 
+    Config = DAggerConfig
     collects = True
+    asks_expert = True
 
-    class Config(BC.Config, frozen=True, forbid_unknown_fields=True, kw_only=True):
-        """roll_in: greatest takeover tick as a multiple of the longest demonstration."""
-
-        roll_in: float = 1.5
-
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: DAggerConfig) -> None:
         super().__init__(config)
         self._roll_in = config.roll_in
 

@@ -15,8 +15,11 @@ class EMA:
     Diffusion Policy uses power .75). Buffers, such as normalisers, are not averaged.
     """
 
-    def __init__(self, policy: nn.Module, *, decay: float = 0.9999, power: float = 0.75) -> None:
-        """Start at the policy's present parameters. decay: largest d. power: 0 averages nothing."""
+    def __init__(
+        self, policy: nn.Module, *, decay: float = 0.9999, power: float = 0.75, prefix: str = ""
+    ) -> None:
+        """Start at the policy's present parameters. decay: largest d. power: 0 averages nothing.
+        prefix: parameters of other names are left alone."""
         if not (0 <= decay < 1 and power >= 0):
             raise ConfigError(
                 f"decay is {decay} and power {power}; they need 0 ≤ decay < 1, 0 ≤ power"
@@ -24,7 +27,11 @@ class EMA:
         self.decay = decay
         self.power = power
         self.updates = 0
-        self._average = _copy(policy)
+        self._average = {
+            key: parameter.detach().clone()
+            for key, parameter in policy.named_parameters()
+            if key.startswith(prefix)
+        }
 
     @property
     def present_decay(self) -> float:
@@ -36,8 +43,16 @@ class EMA:
         """Fold in the policy's present parameters."""
         weight = 1 - self.present_decay
         for key, parameter in policy.named_parameters():
-            self._average[key].lerp_(parameter, weight)
+            if key in self._average:
+                self._average[key].lerp_(parameter, weight)
         self.updates += 1
+
+    def exchange(self, policy: nn.Module) -> None:
+        """Put the averages into the policy and its parameters here, without copying: the second
+        time all is as it was."""
+        for key, parameter in policy.named_parameters():
+            if key in self._average:
+                self._average[key], parameter.data = parameter.data, self._average[key]
 
     def parameters(self) -> dict[str, torch.Tensor]:
         """Copies of the averages by parameter name."""
@@ -58,7 +73,3 @@ class EMA:
         for key, value in self._average.items():
             value.copy_(parameters[key])
         self.updates = updates
-
-
-def _copy(policy: nn.Module) -> dict[str, torch.Tensor]:
-    return {key: p.detach().clone() for key, p in policy.named_parameters()}

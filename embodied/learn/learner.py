@@ -1,7 +1,7 @@
-"""One gradient step, and everything that must survive a restart with it."""
+"""Gradient steps, and everything that must survive a restart with them."""
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
@@ -17,6 +17,7 @@ from embodied.core.files import read_tensors, write_tensors
 from embodied.learn.config import LearnerConfig
 from embodied.learn.ema import EMA
 from embodied.learn.snapshot import Snapshot
+from embodied.learn.updates.base import Cloning, Updates
 
 Arrays = dict[str, np.ndarray]
 
@@ -25,17 +26,20 @@ Arrays = dict[str, np.ndarray]
 class PolicyFormat:
     """How policies, which are torch modules, are made and turned into plain data and back.
 
-    statistics: keys of which `make` needs the statistics.
+    statistics: keys of which `make` needs the statistics. updates: what trains a policy, given
+    it, the learner's options and a seed.
     """
 
     statistics: tuple[str, ...]
     make: Callable[[Mapping[str, FeatureStats]], Any]
     pack: Callable[[Any], tuple[dict[str, Any], Arrays]]
     unpack: Callable[[dict[str, Any], Arrays], Any]
+    updates: Callable[[Any, LearnerConfig, int], Updates] = Cloning
 
 
 class Learner:
-    """Supervised training of a policy: AdamW, cosine schedule, gradient clipping, EMA."""
+    """Trains a policy as an algorithm's updates say: AdamW for each of their groups of parameters,
+    gradient clipping, EMA."""
 
     def __init__(
         self, policy: Any, policy_format: PolicyFormat, config: LearnerConfig, *, seed: int
@@ -46,18 +50,25 @@ class Learner:
         self.config = config
         self.step = 0
         self.seconds = 0.0
-        self.ema = EMA(policy, decay=config.ema_decay)
+        self.updates = policy_format.updates(policy, config, seed)
+        self.ema = EMA(policy, decay=config.ema_decay, prefix=self.updates.averaged)
         self._described: dict[str, Any] | None = None
         self._stream = torch.cuda.Stream() if self._device.type == "cuda" else None
-        self._names = [name for name, p in policy.named_parameters() if p.requires_grad]
-        self._parameters = [p for p in policy.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(
-            self._parameters,
-            lr=config.learning_rate,
-            betas=(0.9, 0.99),
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        self._groups = {
+            name: {key: p for key, p in trained.items() if key.startswith(group.prefix)}
+            for name, group in self.updates.groups.items()
+        }
+        self._optimizers = {
+            name: torch.optim.AdamW(
+                list(self._groups[name].values()),
+                lr=config.learning_rate,
+                betas=(0.9, 0.99),
+                weight_decay=group.weight_decay,
+                fused=True,
+            )
+            for name, group in self.updates.groups.items()
+        }
         policy.seed_training(seed)
 
     @property
@@ -73,10 +84,10 @@ class Learner:
         """Whether the budget is used up."""
         return self.progress >= 1.0
 
-    def learning_rate(self) -> float:
-        """Linear warm-up, then cosine to zero over the budget."""
-        warmup = min(1.0, (self.step + 1) / max(1, self.config.warmup_steps))
-        return self.config.learning_rate * warmup * 0.5 * (1 + math.cos(math.pi * self.progress))
+    @property
+    def acts(self) -> bool:
+        """Whether the present weights may act."""
+        return self.updates.acts(self.step)
 
     def pin(self, memory: mmap) -> None:
         """Lock memory in which batches will lie, so that a GPU copies them by itself."""
@@ -95,25 +106,41 @@ class Learner:
         tensors = {
             key: torch.from_numpy(x).to(self._device, non_blocking=True) for key, x in batch.items()
         }
-        rate = self.learning_rate()
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
         self.policy.train()
         reduced = self.config.precision == "bfloat16"
         with torch.autocast(self._device.type, torch.bfloat16, enabled=reduced):
-            loss, metrics = self.policy.loss(tensors)
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.max_grad_norm)
+            metrics = self.updates.step(tensors, self, self.step)
+        self.step += 1
+        return metrics
+
+    def descend(self, group: str, loss: torch.Tensor, learning_rate: float) -> float:
+        """See Optimisers; EmbodiedError if the gradient is not finite."""
+        optimizer, parameters = self._optimizers[group], self._groups[group]
+        for each in optimizer.param_groups:
+            each["lr"] = learning_rate
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self._device.type, enabled=False):
+            loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters.values(), self.config.max_grad_norm)
         if not torch.isfinite(norm):
             raise EmbodiedError(
-                f"the gradient of step {self.step} is not finite; lower learner.learning_rate "
-                f"(now {self.config.learning_rate}) or use learner.precision=float32"
+                f"the gradient of step {self.step} is not finite; lower "
+                f"{self.updates.groups[group].setting} (now {learning_rate:g}) or use "
+                "learner.precision=float32"
             )
-        self._optimizer.step()
-        self.ema.update(self.policy)
-        self.step += 1
-        return {**metrics, "grad_norm": float(norm), "learning_rate": rate}
+        optimizer.step()
+        if self.updates.groups[group].prefix.startswith(self.updates.averaged):
+            self.ema.update(self.policy)
+        return float(norm)
+
+    @contextmanager
+    def averaged(self) -> Generator[None]:
+        """See Optimisers."""
+        self.ema.exchange(self.policy)
+        try:
+            yield
+        finally:
+            self.ema.exchange(self.policy)
 
     def weights(self) -> tuple[dict[str, Any], Arrays]:
         """Configuration and arrays of the policy with averaged weights: what acts."""
@@ -135,19 +162,23 @@ class Learner:
         tensors = {f"policy/{name}": value for name, value in arrays.items()}
         for name, value in self.ema.parameters().items():
             tensors[f"ema/{name}"] = value.cpu().numpy()
-        steps = 0.0
-        for name, parameter in zip(self._names, self._parameters, strict=True):
-            state = self._optimizer.state.get(parameter, {})
-            for key in ("exp_avg", "exp_avg_sq"):
-                if key in state:
-                    tensors[f"optimizer/{key}/{name}"] = state[key].cpu().numpy()
-            steps = float(state.get("step", 0.0))
+        optimizer_steps: dict[str, float] = {}
+        for group, parameters in self._groups.items():
+            states = self._optimizers[group].state
+            for name, parameter in parameters.items():
+                state = states.get(parameter, {})
+                for key in ("exp_avg", "exp_avg_sq"):
+                    if key in state:
+                        tensors[f"optimizer/{key}/{name}"] = state[key].cpu().numpy()
+                optimizer_steps[group] = float(state.get("step", 0.0))
+        for name, value in self.updates.tensors().items():
+            tensors[f"updates/{name}"] = value.detach().cpu().numpy()
         tensors["training_rng"] = self.policy.training_rng_state().numpy()
         header = {
             "policy": config,
             "step": self.step,
             "seconds": self.seconds,
-            "optimizer_steps": steps,
+            "optimizer_steps": optimizer_steps,
             "ema_updates": self.ema.updates,
             "extra": dict(extra),
         }
@@ -155,17 +186,22 @@ class Learner:
 
     @classmethod
     def load(
-        cls, path: Path, policy_format: PolicyFormat, config: LearnerConfig
+        cls, path: Path, policy_format: PolicyFormat, config: LearnerConfig, *, seed: int
     ) -> tuple["Learner", dict[str, Any]]:
-        """The learner saved at `path`, and its `extra`; CorruptDataError if it is damaged."""
+        """The learner saved at `path`, and its `extra`; CorruptDataError if it is damaged.
+
+        seed: the one that it was made with.
+        """
         arrays, raw = read_tensors(path)
         header: dict[str, Any] = msgspec.json.decode(raw)
         try:
             policy = policy_format.unpack(header["policy"], _under("policy/", arrays))
-            learner = cls(policy, policy_format, config, seed=0)
+            learner = cls(policy, policy_format, config, seed=seed)
             averages = {n: torch.from_numpy(v) for n, v in _under("ema/", arrays).items()}
             learner.ema.load(averages, header["ema_updates"])
-            learner._load_optimizer(arrays, header["optimizer_steps"])
+            learner._load_optimizers(arrays, header["optimizer_steps"])
+            kept = _under("updates/", arrays)
+            learner.updates.load({name: torch.from_numpy(v) for name, v in kept.items()})
             policy.set_training_rng_state(torch.from_numpy(arrays["training_rng"]))
             learner.step, learner.seconds = header["step"], header["seconds"]
         except KeyError as error:
@@ -174,15 +210,17 @@ class Learner:
             ) from error
         return learner, header["extra"]
 
-    def _load_optimizer(self, arrays: Mapping[str, np.ndarray], steps: float) -> None:
-        for name, parameter in zip(self._names, self._parameters, strict=True):
-            if steps:
+    def _load_optimizers(
+        self, arrays: Mapping[str, np.ndarray], steps: Mapping[str, float]
+    ) -> None:
+        for group, parameters in self._groups.items():
+            for name, parameter in parameters.items() if steps[group] else ():
                 moments = {
                     key: torch.from_numpy(arrays[f"optimizer/{key}/{name}"])
                     for key in ("exp_avg", "exp_avg_sq")
                 }
-                self._optimizer.state[parameter] = {
-                    "step": torch.tensor(steps, device=self._device),
+                self._optimizers[group].state[parameter] = {
+                    "step": torch.tensor(steps[group], device=self._device),
                     **{k: v.to(self._device, copy=True) for k, v in moments.items()},
                 }
 

@@ -72,7 +72,7 @@ class Trainer:
         self._start_loader = start_loader
         self._batches: Batches | None = None
         self._counted = 0
-        self._losses: list[float] = []
+        self._recent: dict[str, list[float]] = {}
         self._saved_step = -1
         self._waiting = False
         self.waited_s = 0.0
@@ -96,7 +96,9 @@ class Trainer:
 
     def start(self) -> None:
         """Build the policy from the data, or continue from the checkpoint (see load_checkpoint)."""
-        found, drawn = load_checkpoint(self._checkpoint, self._format, self._config), {}
+        training_seed = derive_seed(self._seed, "training noise")
+        found = load_checkpoint(self._checkpoint, self._format, self._config, training_seed)
+        drawn: dict[str, Any] = {}
         if found is not None:
             self.learner, extra = found
             self._rng.bit_generator.state = extra["batches_rng"]
@@ -110,7 +112,6 @@ class Trainer:
         sampler.load(drawn)
         if self.learner is None:
             policy = self._format.make(sampler.statistics(self._format.statistics))
-            training_seed = derive_seed(self._seed, "training noise")
             self.learner = Learner(policy, self._format, self._config, seed=training_seed)
         if self._start_loader is None:
             size = self._config.batch_size
@@ -135,28 +136,34 @@ class Trainer:
         if self.learner.step % _REFRESH_STEPS == 0:
             self._batches.refresh()
         self._count()
-        if not self._limiter.can_sample(self._config.batch_size):
+        acts = self.learner.acts
+        if acts and not self._limiter.can_sample(self._config.batch_size):
             self._batches.refresh()
             return False
         batch = self._batches.next()
         self.waited_s += time.perf_counter() - started_s
         if batch is None:
             return False
-        self._limiter.sampled(self._config.batch_size)
+        if acts:
+            self._limiter.sampled(self._config.batch_size)
         metrics = self.learner.update(batch)
-        self._losses.append(metrics["loss"])
+        for name, value in metrics.items():
+            self._recent.setdefault(name, []).append(value)
         if self.learner.step % _LOG_STEPS == 0:
-            row = {**metrics, "loss": float(np.mean(self._losses)), "step": self.learner.step}
-            self._on_metrics({**row, "windows": self._batches.num_candidates})
-            self._losses.clear()
+            row = {name: float(np.mean(values)) for name, values in self._recent.items()}
+            counts = {"step": self.learner.step, "windows": self._batches.num_candidates}
+            self._on_metrics({**row, **counts})
+            self._recent.clear()
         step_s = time.perf_counter() - started_s
         self.learner.seconds += step_s
         self._publisher.stepped(step_s)
         return True
 
     def publish_due(self) -> bool:
-        """See Publisher.due; it waits if the last update could not be made."""
-        return self._publisher.due(self.step, waiting=self._waiting)
+        """See Publisher.due; it waits if the last update could not be made. Weights that may not
+        act are never due."""
+        assert self.learner is not None
+        return self.learner.acts and self._publisher.due(self.step, waiting=self._waiting)
 
     def publish(self, *, final: bool) -> None:
         """See Publisher.publish."""
@@ -193,14 +200,16 @@ class Trainer:
         self._saved_step = self.learner.step
 
     def _count(self) -> None:
-        """Tell the rate limiter of steps that were recorded since the last call."""
-        assert self._batches is not None
+        """Tell the rate limiter of steps that were recorded since the last call, if weights act:
+        what was there before them is no debt of the learner's."""
+        assert self._batches is not None and self.learner is not None
         steps = self._batches.num_steps
         if self._counted == 0:  # what a resumed run had counted before may be deleted by now
             self._counted = min(steps, self._inserted)
         new, self._counted = steps - self._counted, steps
         self._inserted += new
-        self._limiter.inserted(new)
+        if self.learner.acts:
+            self._limiter.inserted(new)
 
     def close(self) -> None:
         """Finish publishing, end the loader, close the buffer; safe to call twice."""
@@ -217,7 +226,7 @@ def _checkpoint_files(folder: Path) -> tuple[Path, Path]:
 
 
 def load_checkpoint(
-    folder: Path, policy_format: PolicyFormat, config: LearnerConfig
+    folder: Path, policy_format: PolicyFormat, config: LearnerConfig, seed: int
 ) -> tuple[Learner, dict[str, Any]] | None:
     """The learner of the newest checkpoint and what was saved with it; None if there is none.
 
@@ -227,7 +236,7 @@ def load_checkpoint(
     if path is None:
         return None
     try:
-        return Learner.load(path, policy_format, config)
+        return Learner.load(path, policy_format, config, seed=seed)
     except CorruptDataError as error:
         _, previous = _checkpoint_files(folder)
         remedy = (

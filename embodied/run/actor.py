@@ -11,11 +11,10 @@ import numpy as np
 from embodied.buffer.read.replay import ReplayReader
 from embodied.buffer.serve.sink import StepSink
 from embodied.buffer.spool.names import stream_name
-from embodied.core.config import component
 from embodied.core.errors import DeviceLostError, EmbodiedError, LeaseError, LinkError
 from embodied.core.protocols import Policy
 from embodied.core.seeds import make_rng
-from embodied.learn.bc import BC
+from embodied.run.algorithm import make_algorithm
 from embodied.run.config import TrainConfig
 from embodied.run.fitting import fit_to
 from embodied.run.goals import ExpertGoals
@@ -32,12 +31,6 @@ from sim import family
 _ATTEMPTS_PER_DEMONSTRATION = 5
 _CONNECT_EVERY_S = 1.0
 _CONNECT_S = 5.0
-
-
-def make_algorithm(config: TrainConfig) -> BC:
-    """The run's algorithm object."""
-    cls, options = component("algorithms", config.algorithm, "algorithm")
-    return cls(options)
 
 
 def streams_of(config: TrainConfig, actor: int, host: str) -> list[str]:
@@ -78,7 +71,7 @@ class Actor:
         rows = config.actors.rows
         self._config = config
         self._streams = streams_of(config, index, host)
-        self._algorithm = make_algorithm(config)
+        self._algorithm = make_algorithm(config.algorithm)
         self._on_result = on_result
         self._sitting = sitting
         self.robots: Robots

@@ -19,7 +19,7 @@ from embodied.core.protocols import Policy
 from embodied.core.rundir import RunDir
 from embodied.core.seeds import derive_seed
 from embodied.core.specs import DeviceSpec, PolicySpec
-from embodied.run.actor import make_algorithm
+from embodied.run.algorithm import critic_options, improvement_options, make_algorithm
 from embodied.run.config import DemonstrationsConfig, TrainConfig, read_keys
 from embodied.run.evaluate import summarise
 from embodied.run.record import import_dataset
@@ -47,8 +47,9 @@ def device_spec(config: TrainConfig) -> DeviceSpec:
 
 
 def window_spec(config: TrainConfig) -> WindowSpec:
-    """Which windows the run's policy learns from."""
-    return windows_of(policy_spec(config))
+    """Which windows the run's algorithm learns from."""
+    spec = policy_spec(config)
+    return make_algorithm(config.algorithm).windows(windows_of(spec), spec.n_action_steps)
 
 
 def windows_of(spec: PolicySpec) -> WindowSpec:
@@ -83,17 +84,18 @@ def instruction(config: TrainConfig, task: str) -> str:
 
 
 def policy_format(config: TrainConfig) -> PolicyFormat:
-    """How the run's policies are made from statistics, and become data and come back."""
+    """How the run's policies are made, are trained, and become data and come back."""
     from embodied.learn.learner import PolicyFormat
-    from policies.build import build_policy
+    from policies.build import build_critic, build_policy
     from policies.checkpoint import policy_from_state, policy_state
+    from policies.improved import improved
     from policies.normalizer import is_image
 
-    windows = window_spec(config)
+    windows, algorithm = window_spec(config), make_algorithm(config.algorithm)
 
     def make(statistics: Mapping[str, FeatureStats]) -> Any:
         options = {key: value for key, value in config.policy.items() if key != "name"}
-        return build_policy(
+        policy = build_policy(
             config.policy["name"],
             options,
             device_spec(config),
@@ -101,10 +103,17 @@ def policy_format(config: TrainConfig) -> PolicyFormat:
             statistics,
             seed=derive_seed(config.seed, "initial weights"),
         )
+        if algorithm.critic is None:
+            return policy
+        judged = critic_options(algorithm, policy.spec.n_action_steps)
+        seed = derive_seed(config.seed, "initial critic")
+        critic = build_critic(judged, policy.spec, statistics, seed=seed)
+        return improved(policy, critic, improvement_options(algorithm))
 
     observation = device_spec(config).observation
     states = [key for key in windows.observation_keys if not is_image(key, observation[key])]
-    return PolicyFormat((*states, "action"), make, policy_state, policy_from_state)
+    keys = (*states, "action")
+    return PolicyFormat(keys, make, policy_state, policy_from_state, algorithm.updates)
 
 
 def make_trainer(
@@ -128,7 +137,7 @@ def make_trainer(
         checkpoint=run.checkpoints,
         open_sampling=lambda reader: make_sampling(config, reader),
         policy_format=policy_format(config),
-        algorithm=make_algorithm(config),
+        algorithm=make_algorithm(config.algorithm),
         config=config.learner,
         seed=config.seed,
         on_metrics=on_metrics,
@@ -157,7 +166,7 @@ def make_sampling(config: TrainConfig, reader: ReplayReader) -> Sampling:
         config.sampling,
         reader,
         window_spec(config),
-        make_algorithm(config).select,
+        make_algorithm(config.algorithm).sources(),
         lambda path: ReplayReader(path, ram_bytes=config.buffer.ram_mib * MIB),
         partial(instruction, config),
     )

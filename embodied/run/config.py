@@ -13,6 +13,7 @@ from embodied.core.instructions import encode_instruction
 from embodied.core.registry import unknown
 from embodied.core.specs import DeviceSpec
 from embodied.learn.config import LearnerConfig
+from embodied.run.algorithm import check_critic, make_algorithm
 from embodied.run.gateway_options import GatewayConfig
 from hal.gpus import one_gpu
 from hal.pool import selectors
@@ -221,8 +222,10 @@ def load_train(overrides: list[str]) -> TrainConfig:
 def check(config: TrainConfig) -> TrainConfig:
     """Raise ConfigError for values that contradict each other; return the same configuration."""
     _check_policy(config)
-    algorithm, _ = core_config.component("algorithms", config.algorithm, "algorithm")
-    _check_data(config, collects=algorithm.collects)
+    algorithm = make_algorithm(config.algorithm)
+    options = core_config.options_of("policies", config.policy, "policy")
+    check_critic(algorithm, options.n_action_steps)
+    _check_data(config, asks_expert=algorithm.asks_expert)
     learner = config.learner
     if config.run.mode == "lockstep" and learner.minutes is not None:
         raise ConfigError(
@@ -310,7 +313,7 @@ def _check_devices(config: TrainConfig) -> None:
         raise ConfigError("run.mode=lockstep repeats bit for bit; leased devices do not")
 
 
-def _check_data(config: TrainConfig, *, collects: bool) -> None:
+def _check_data(config: TrainConfig, *, asks_expert: bool) -> None:
     found, task = family.find(config.task)
     demonstrations = config.demonstrations
     if demonstrations.source == "dataset":
@@ -320,7 +323,7 @@ def _check_data(config: TrainConfig, *, collects: bool) -> None:
             "demonstrations.source=none: nothing would ever be learned; use expert or dataset"
         )
     driver = found.make_driver(task, config.sim)
-    needs_expert = demonstrations.source == "expert" or collects
+    needs_expert = demonstrations.source == "expert" or asks_expert
     if needs_expert and found.make_expert(task, driver.spec) is None:
         raise ConfigError(
             f"task '{config.task}' has no scripted expert; use demonstrations.source=dataset and "

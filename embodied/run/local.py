@@ -6,6 +6,7 @@ from typing import Any
 from embodied.core.errors import LeaseError
 from embodied.core.rundir import RunDir
 from embodied.run import build
+from embodied.run.algorithm import make_algorithm
 from embodied.run.config import TrainConfig
 from embodied.run.robots import printable
 from embodied.run.supervisor import Crew, Supervisor
@@ -47,7 +48,7 @@ def run_local(
 
 def training_crew(config: TrainConfig, gpu: LeasedGpu | None) -> Crew:
     """The roles of a run; no actors for one that neither demonstrates nor collects."""
-    needed = build.make_algorithm(config).collects or config.demonstrations.source == "expert"
+    needed = make_algorithm(config.algorithm).collects or config.demonstrations.source == "expert"
     actors = [f"actor{i}" for i in range(config.actors.count if needed else 0)]
     gateway = [] if config.gateway.listen is None else ["gateway"]
     policy = ["policy"] if config.gateway.serve else []

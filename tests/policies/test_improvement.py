@@ -84,6 +84,16 @@ def test_the_best_are_kept_of_each_row():
     assert torch.equal(improve(quadratic(0.0), start, LOW, HIGH, everything)[0], start)
 
 
+def test_recorded_chunks_take_the_place_of_the_worst_kept():
+    start, data = uniform(5, 8, 2, 3), uniform(5, 2, 3, seed=1)
+    for kept in (3, 8):
+        options = ImprovementConfig(proposals=8, kept=kept, steps=0)
+        found, q = improve(quadratic(0.0), start, LOW, HIGH, options, data)
+        assert torch.equal(found[:, :-1], rank(quadratic(0.0), start, kept)[:, :-1])
+        assert torch.equal(found[:, -1], data)
+        torch.testing.assert_close(quadratic(0.0)(found), q)
+
+
 def bimodal(rows, n, seed=0):
     """½ N(−.5, .05²) + ½ N(.5, .05²)."""
     rng = torch.Generator().manual_seed(seed)

@@ -67,6 +67,10 @@ def history(steps, t, n_obs_steps, key):
     )
 
 
+def reward(step, spec):
+    return {"recorded": step.reward, "sparse": step.success, "cost": step.success - 1}[spec.rewards]
+
+
 def reference(steps, t, spec, is_selected):
     """One sample around step t of an episode, all of its arrays."""
     *acted, _ = steps
@@ -75,12 +79,12 @@ def reference(steps, t, spec, is_selected):
     sample = {key: history(steps, t, spec.n_obs_steps, key) for key in spec.observation_keys}
     sample["action"] = np.stack([(s or last).action for s in future])
     sample["action_is_pad"] = np.array([s is None or s.held or not is_selected(s) for s in future])
-    sample["reward"] = np.array([0 if s is None else s.reward for s in future], np.float32)
+    sample["reward"] = np.array([0 if s is None else reward(s, spec) for s in future], np.float32)
     sample["terminated"] = np.array([(s or last).terminated for s in future])
     sample["truncated"] = np.array([(s or last).truncated for s in future])
     if spec.n_step:
         taken = acted[t : t + spec.n_step]
-        value = sum(spec.discount**k * s.reward for k, s in enumerate(taken))
+        value = sum(spec.discount**k * reward(s, spec) for k, s in enumerate(taken))
         alive = not any(s.terminated for s in taken)
         sample["return"] = np.float32(value)
         sample["discount"] = np.float32(spec.discount ** len(taken) if alive else 0)

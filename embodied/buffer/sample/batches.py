@@ -133,6 +133,8 @@ def fetch_windows(reader: StepReader, spec: WindowSpec, draw: Draw, batch: Array
     reader.gather((*_AHEAD, "held"), rows.future, {**ahead, "held": pad})
     np.logical_or(pad, rows.beyond, out=pad)
     np.logical_or(pad, ~rows.selected, out=pad)
+    if spec.rewards != "recorded":
+        batch["reward"][...] = _rewards(spec, reader.gather(("success",), rows.future))
     np.copyto(batch["reward"], np.float32(0), where=rows.beyond)
     if rows.backup is not None:
         _fetch_backup(reader, spec, rows.backup, batch)
@@ -153,12 +155,21 @@ def _fetch_goals(reader: StepReader, spec: WindowSpec, last: np.ndarray, batch: 
 def _fetch_backup(reader: StepReader, spec: WindowSpec, backup: Backup, batch: Arrays) -> None:
     keys = spec.observation_keys
     reader.gather(keys, backup.observed, {key: batch[NEXT + key] for key in keys})
-    found = reader.gather(("reward", "terminated"), backup.rows)
-    rewards = np.where(backup.beyond, 0.0, found["reward"].astype(np.float64))
+    wanted = "reward" if spec.rewards == "recorded" else "success"
+    found = reader.gather((wanted, "terminated"), backup.rows)
+    rewards = np.where(backup.beyond, 0.0, _rewards(spec, found))
     batch["return"][...] = rewards @ spec.discount ** np.arange(spec.n_step)
     # Behind the end the last step is repeated, which is one of the m steps.
     terminated = found["terminated"].any(axis=1)
     batch["discount"][...] = np.where(terminated, 0.0, spec.discount**backup.taken)
+
+
+def _rewards(spec: WindowSpec, columns: Arrays) -> np.ndarray:
+    """Float64, as the spec wants them, of the column "reward" or "success"."""
+    if spec.rewards == "recorded":
+        return columns["reward"].astype(np.float64)
+    success = columns["success"].astype(np.float64)
+    return success - 1 if spec.rewards == "cost" else success
 
 
 def batch_arrays(sizes: Mapping[str, ArraySize], out: Mapping[str, np.ndarray] | None) -> Arrays:

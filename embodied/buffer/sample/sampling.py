@@ -1,6 +1,6 @@
 """How a learner's batches are drawn, as a configuration: draw strategies and further sources."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,17 @@ from embodied.core.config import component
 from embodied.core.errors import ConfigError
 
 OWN = "own"
-"""The source that the run itself records."""
+"""The source that the run itself records; its parts, if it has several, are named OWN.PART."""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnSource:
+    """A part of what the run records. share: of what it gives to batches. optional: nothing of it
+    may be there yet; the others then give its part as well."""
+
+    select: Select
+    share: float = 1.0
+    optional: bool = False
 
 
 class SourceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -43,10 +53,11 @@ class SamplingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a source that takes the run's own name."""
-        if OWN in self.sources:
-            raise ConfigError(
-                f"sampling.sources: '{OWN}' is what the run records; rename the other"
-            )
+        for name in self.sources:
+            if name.partition(".")[0] == OWN:
+                raise ConfigError(
+                    f"sampling.sources: '{OWN}' is what the run records; rename '{name}'"
+                )
 
 
 def check_sampling(config: SamplingConfig) -> None:
@@ -74,20 +85,31 @@ def open_sampling(
     config: SamplingConfig,
     reader: ReplayReader,
     spec: WindowSpec,
-    select: Select,
+    own: Mapping[str, OwnSource],
     open_reader: Callable[[Path], ReplayReader],
     instruction: Callable[[str], str] = str,
 ) -> Sampling:
     """The sampler over the run's reader and all sources, as these are now.
 
-    instruction: see WindowSampler. Raises ConfigError for an unknown strategy, wrong options, or a
-    source without data.
+    own: names and parts of what the run records; of further sources the first part's steps are
+    taken. instruction: see WindowSampler. Raises ConfigError for an unknown strategy, wrong
+    options, or a source without data.
     """
-    draw = _make_draw(config.draw, "sampling.draw")
-    own = WindowSampler(reader, spec, select, draw, instruction=instruction)
-    if not config.sources:
-        return Sampling(own)
-    samplers, ratios = {OWN: own}, {OWN: config.ratio}
+    samplers = {
+        name: WindowSampler(
+            reader,
+            spec,
+            part.select,
+            _make_draw(config.draw, "sampling.draw"),
+            instruction=instruction,
+        )
+        for name, part in own.items()
+    }
+    if len(own) == 1 and not config.sources:
+        return Sampling(next(iter(samplers.values())))
+    shares = sum(part.share for part in own.values())
+    ratios = {name: config.ratio * part.share / shares for name, part in own.items()}
+    select = next(iter(own.values())).select
     readers: list[ReplayReader] = []
     try:
         for name, source in config.sources.items():
@@ -103,7 +125,8 @@ def open_sampling(
                     "for learning; failed episodes need algorithm.only_successful=false"
                 )
             ratios[name] = source.ratio
-        return Sampling(MixtureSampler(samplers, ratios), tuple(readers))
+        optional = [name for name, part in own.items() if part.optional]
+        return Sampling(MixtureSampler(samplers, ratios, optional), tuple(readers))
     except BaseException:
         for found in readers:
             found.close()

@@ -5,7 +5,7 @@ Legend: B batch, S sources.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,10 +72,16 @@ class MixtureSampler:
 
     ratios: positive, relative to each other. Batches hold one source after the other, in the
     order of sources, and "source" [B] (int64): which one, counted in that order. Where only some
-    sources have importance weights, "weight" is 1 for the others.
+    sources have importance weights, "weight" is 1 for the others. optional: sources that may have
+    nothing to draw; the others' ratios hold among themselves meanwhile.
     """
 
-    def __init__(self, sources: Mapping[str, WindowSampler], ratios: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        sources: Mapping[str, WindowSampler],
+        ratios: Mapping[str, float],
+        optional: Collection[str] = (),
+    ) -> None:
         if not sources or sources.keys() != ratios.keys():
             raise ConfigError(
                 f"sources are {sorted(sources)} and ratios are given for {sorted(ratios)}; every "
@@ -89,7 +95,9 @@ class MixtureSampler:
                 )
         self.names = tuple(sources)
         self._samplers = tuple(sources.values())
-        self._quotas = Quotas(np.array([ratios[name] for name in self.names]))
+        self._ratios = np.array([ratios[name] for name in self.names])
+        self._optional = np.array([name in optional for name in self.names])
+        self._quotas: dict[bytes, Quotas] = {}
         self._sizes: dict[str, ArraySize] = {}
         for name, sampler in sources.items():
             if sampler.spec != self._samplers[0].spec:
@@ -100,9 +108,13 @@ class MixtureSampler:
 
     @property
     def num_candidates(self) -> int:
-        """Steps that can be drawn from all sources together; 0 while one of them has none."""
-        counts = [sampler.num_candidates for sampler in self._samplers]
-        return sum(counts) if all(counts) else 0
+        """Steps that can be drawn from all sources together; 0 while one of them has none that is
+        not optional, or all."""
+        counts = self._candidates()
+        return int(counts.sum()) if (self._optional | (counts > 0)).all() else 0
+
+    def _candidates(self) -> np.ndarray:
+        return np.array([sampler.num_candidates for sampler in self._samplers], np.int64)
 
     def refresh(self) -> int:
         """Refresh all sources' samplers; returns how many episodes were added."""
@@ -113,18 +125,31 @@ class MixtureSampler:
         candidate, or if two sources' arrays differ."""
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; it must be at least 1")
-        counts = self._quotas.next(batch_size)
+        present = ~self._optional | (self._candidates() > 0)
+        if not present.any():
+            raise ConfigError(f"no source has anything to sample: {', '.join(self.names)}")
+        quotas = self._quotas_of(present)
+        counts = np.zeros(len(self.names), np.int64)
+        counts[present] = quotas.next(batch_size)
         found = self._draw(counts, rng)
-        self._quotas.take(counts)
+        quotas.take(counts[present])
         return found
 
+    def _quotas_of(self, present: np.ndarray) -> Quotas:
+        """Each set of sources keeps its own ratios, so that none catches up what it missed."""
+        return self._quotas.setdefault(present.tobytes(), Quotas(self._ratios[present]))
+
     def redraw(self, draw: MixtureDraw, rng: np.random.Generator) -> MixtureDraw:
-        """Draw again in place of one that fetch refused: as much from each source."""
+        """Draw again in place of one that fetch refused: as much from each source, if all have
+        something left."""
+        if ((draw.counts > 0) & self._optional & (self._candidates() == 0)).any():
+            return self.draw(len(draw), rng)
         return self._draw(draw.counts, rng)
 
     def _draw(self, counts: np.ndarray, rng: np.random.Generator) -> MixtureDraw:
-        for name, sampler in zip(self.names, self._samplers, strict=True):
-            if sampler.num_candidates == 0:
+        candidates = self._candidates()
+        for index, name in enumerate(self.names):
+            if candidates[index] == 0 and not self._optional[index]:
                 raise ConfigError(
                     f"source '{name}' has nothing to sample: none of its episodes is closed and "
                     "has a selected step"
@@ -185,7 +210,8 @@ class MixtureSampler:
         return {key: self._statistics(key) for key in keys}
 
     def _statistics(self, key: str) -> FeatureStats:
-        columns = [sampler.column(key) for sampler in self._samplers]
+        drawn = zip(self._samplers, self._optional, strict=True)
+        columns = [s.column(key) for s, optional in drawn if not optional or s.num_candidates]
         ends = np.cumsum([len(rows) for _, rows in columns])
 
         def take(places: np.ndarray) -> np.ndarray:
@@ -201,14 +227,21 @@ class MixtureSampler:
         return feature_stats(take, np.arange(ends[-1]))
 
     def save(self) -> dict[str, Any]:
-        """How many samples came from each source so far."""
-        return {"taken": dict(zip(self.names, self._quotas.taken, strict=True))}
+        """How many samples came from each source so far, for each set of sources that had any."""
+        kept: list[dict[str, int]] = []
+        for mask, quotas in self._quotas.items():
+            names = [n for n, there in zip(self.names, mask, strict=True) if there]
+            kept.append(dict(zip(names, quotas.taken, strict=True)))
+        return {"names": list(self.names), "taken": kept}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue where save left off; with other sources than then, the ratios begin anew."""
-        taken = state.get("taken", {})
-        if taken.keys() == set(self.names):
-            self._quotas.take(np.array([taken[name] for name in self.names], np.int64))
+        if state.get("names") != list(self.names):
+            return
+        for taken in state["taken"]:
+            present = np.array([name in taken for name in self.names])
+            counts = [taken[name] for name in self.names if name in taken]
+            self._quotas_of(present).take(np.array(counts, np.int64))
 
     def tracked_statistics(self) -> dict[str, FeatureStats]:
         """As WindowSampler's, of the keys that all sources track, over all their steps alike,

@@ -4,6 +4,7 @@ Legend: B batch, To history, H horizon, D action, n steps of a backup, m of them
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -35,11 +36,12 @@ class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     which at the episode's end is its stored last one, and `discount` = discount^m, or 0 if one
     of the m steps terminated. A target is return + discount · value(next observation): an
     episode that was only truncated bootstraps from its last observation (as RLPD, Ball et al.
-    2023). discount: per step. metadata: columns of step t to add, out of METADATA. task_bytes: L;
-    0 for none, else the episode's task in words, as L bytes, is added to the observations.
-    goal_keys: observation keys of which the episode's last observation is added, To times, under
-    "goal." + key: what the episode did reach is taken for its goal (hindsight, Andrychowicz et al.
-    2017).
+    2023). discount: per step. rewards: "recorded", or a convention over whether the step succeeded:
+    "sparse" is 1 where it did, else 0; "cost" is 0 where it did, else −1. metadata: columns of step
+    t to add, out of METADATA. task_bytes: L; 0 for none, else the episode's task in words, as L
+    bytes, is added to the observations. goal_keys: observation keys of which the episode's last
+    observation is added, To times, under "goal." + key: what the episode did reach is taken for its
+    goal (hindsight, Andrychowicz et al. 2017).
     """
 
     n_obs_steps: int
@@ -50,6 +52,7 @@ class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metadata: tuple[str, ...] = ()
     task_bytes: int = 0
     goal_keys: tuple[str, ...] = ()
+    rewards: Literal["recorded", "sparse", "cost"] = "recorded"
 
     def __post_init__(self) -> None:
         if self.n_obs_steps < 1 or self.horizon < 1:

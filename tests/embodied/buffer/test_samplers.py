@@ -44,11 +44,13 @@ def filled(lengths=((12, 5, 30), (9, 1, 0, 20)), spec=SPEC, **options):
     lengths=st.lists(st.lists(st.integers(0, 9), max_size=4), min_size=1, max_size=3),
     n_step=st.integers(0, 4),
     dagger=st.booleans(),
+    rewards=st.sampled_from(["recorded", "sparse", "cost"]),
     seed=st.integers(0, 1 << 30),
 )
-def test_windows_of_a_replay_on_disk(lengths, n_step, dagger, seed):
+def test_windows_of_a_replay_on_disk(lengths, n_step, dagger, rewards, seed):
     rng = np.random.default_rng(seed)
-    spec = WindowSpec(2, 3, (STATE, IMAGE), n_step, 0.8 if n_step else 1.0)
+    discount = 0.8 if n_step else 1.0
+    spec = WindowSpec(2, 3, (STATE, IMAGE), n_step, discount, rewards=rewards)
     episodes = {
         (f"s{stream}", number): make_steps(stream, number, length, rng)
         for stream, numbers in enumerate(lengths)

@@ -165,10 +165,42 @@ def test_ratios_go_on_where_they_were_saved():
     second.load(first.save())
     found += [second.draw(8, rngs[1]).counts.tolist() for _ in range(2)]
     assert found == expected and len({tuple(counts) for counts in found}) > 1
-    second.load({"taken": {"demos": 5}})
+    second.load({"names": ["demos"], "taken": [{"demos": 5}]})
+    demos = sum(counts[0] for counts in found)
     assert second.save() == {
-        "taken": {"demos": sum(c[0] for c in found), "online": 32 - sum(c[0] for c in found)}
+        "names": ["demos", "online"],
+        "taken": [{"demos": demos, "online": 32 - demos}],
     }
+
+
+def test_an_optional_source_joins_when_it_has_something_and_catches_up_nothing():
+    _, demos, _ = make_source(0)
+    reader = MemoryReader()
+    for step in make_steps(1, 0, 6, np.random.default_rng(1)):
+        reader.add(step)
+    reader.remove("s1", 0)
+    online = WindowSampler(reader, SPEC)
+    ratios = {"demos": 1.0, "online": 1.0}
+    mixture = MixtureSampler({"demos": demos, "online": online}, ratios, ["online"])
+    rng = np.random.default_rng(0)
+    assert mixture.num_candidates == demos.num_candidates
+    assert [mixture.draw(4, rng).counts.tolist() for _ in range(3)] == [[4, 0]] * 3
+    assert mixture.statistics()[STATE].count == demos.statistics()[STATE].count
+    assert (mixture.sample(4, rng)["source"] == 0).all()
+    for step in make_steps(1, 1, 5, np.random.default_rng(2)):
+        reader.add(step)
+    mixture.refresh()
+    assert [mixture.draw(4, rng).counts.tolist() for _ in range(3)] == [[2, 2]] * 3
+    again = MixtureSampler({"demos": demos, "online": online}, ratios, ["online"])
+    again.load(mixture.save())
+    assert again.save() == mixture.save()
+    drawn = mixture.draw(4, rng)
+    reader.remove("s1", 1)
+    assert mixture.redraw(drawn, rng).counts.tolist() == [4, 0]
+    alone = MixtureSampler({"a": WindowSampler(MemoryReader(), SPEC)}, {"a": 1.0}, ["a"])
+    assert alone.num_candidates == 0
+    with pytest.raises(ConfigError, match="no source has anything to sample: a"):
+        alone.draw(4, rng)
 
 
 def test_sources_that_cannot_be_mixed():

@@ -17,7 +17,7 @@ from embodied.run import build
 from embodied.run.config import load_train
 config = load_train(["task=pointmass", "policy=diffusion", "policy/network=unet1d"])
 assert build.window_spec(config).horizon == build.policy_spec(config).horizon
-build.make_algorithm(config)
+build.make_algorithm(config.algorithm)
 """
 OPTIONS = """
 from embodied.core.registry import OPTIONS, config_type

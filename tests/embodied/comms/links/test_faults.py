@@ -183,7 +183,7 @@ def test_memory_is_bounded_when_the_gateway_stops_reading():
 
 
 def test_eight_hosts_that_send_more_than_is_taken_get_equal_shares():
-    """What takes experience serves in the order of coming, as a buffer's writer, and is so slow that
+    """What takes experience serves in the order of coming, as a buffer's writer, and so slowly that
     every host has some waiting; the host that tries hardest gets no more than the others."""
     got = {f"host-{n}": 0 for n in range(8)}
     arrived: queue.SimpleQueue[tuple[str, threading.Event] | None] = queue.SimpleQueue()

@@ -1,0 +1,1 @@
+"""What algorithms do with a batch; the learner keeps their optimisers and averages."""

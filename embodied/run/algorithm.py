@@ -1,0 +1,43 @@
+"""The run's algorithm, and the critic that it may train beside the policy."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from embodied.core.config import component, convert, options_of
+from embodied.core.errors import ConfigError
+from embodied.learn.bc import BC
+from policies.critics.configs import CriticConfig, ImprovementConfig
+
+
+def make_algorithm(options: Mapping[str, Any]) -> BC:
+    """The algorithm of this name and these options; ConfigError if they cannot be."""
+    cls, typed = component("algorithms", options, "algorithm")
+    return cls(typed)
+
+
+def critic_options(algorithm: BC, n_action_steps: int) -> dict[str, Any]:
+    """Options of the algorithm's critic, as of CriticConfig: it judges what is executed."""
+    options = dict(algorithm.critic or {})
+    if "horizon" in options:
+        raise ConfigError(
+            "algorithm.critic.horizon is policy.n_action_steps, what is executed of a chunk: leave "
+            "it out"
+        )
+    return {**options, "horizon": n_action_steps}
+
+
+def improvement_options(algorithm: BC) -> ImprovementConfig:
+    """How the critic improves what the policy proposes."""
+    return convert(algorithm.improvement, ImprovementConfig, "algorithm.improvement")
+
+
+def check_critic(algorithm: BC, n_action_steps: int) -> None:
+    """Raise ConfigError for a critic that cannot be, or whose values the rewards exceed."""
+    if algorithm.critic is None:
+        return
+    options = convert(critic_options(algorithm, n_action_steps), CriticConfig, "algorithm.critic")
+    improvement_options(algorithm)
+    head = options_of("value_heads", options.head, "algorithm.critic.head")
+    low, high = getattr(head, "low", None), getattr(head, "high", None)
+    if low is not None and high is not None:
+        algorithm.check_value_range(low, high)

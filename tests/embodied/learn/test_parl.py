@@ -1,0 +1,334 @@
+"""Policy-agnostic RL: its phases, its backup against a closed form, and what survives a restart."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from embodied.buffer.sample.statistics import FeatureStats
+from embodied.core.config import convert
+from embodied.core.errors import ConfigError, EmbodiedError
+from embodied.core.specs import ArraySpec, DeviceSpec, PolicySpec
+from embodied.learn.config import LearnerConfig, PARLConfig
+from embodied.learn.learner import Learner, PolicyFormat
+from embodied.learn.updates.parl import PARLUpdates
+from policies.build import build_critic, build_policy
+from policies.checkpoint import policy_from_state, policy_state
+from policies.critics.configs import CriticConfig, ImprovementConfig
+from policies.improved import ImprovedConfig, ImprovedPolicy, StoredCritic, improved
+
+LEARNER = LearnerConfig(
+    batch_size=32,
+    steps=10_000,
+    minutes=None,
+    learning_rate=1e-3,
+    weight_decay=0.0,
+    warmup_steps=10,
+    max_grad_norm=10.0,
+    precision="float32",
+    ema_decay=0.99,
+    threads=1,
+    publish_every=10,
+    checkpoint_every=10,
+    steps_per_round=10,
+    samples_per_insert=None,
+)
+STATE = "observation.state"
+STATS = FeatureStats(
+    mean=[0.0] * 3, std=[1.0] * 3, min=[-1.0] * 3, max=[1.0] * 3, q01=[-1.0] * 3, q99=[1.0] * 3,
+    count=10,
+)  # fmt: skip
+NETWORK = {"name": "mlp", "width": 32, "depth": 1, "time_dim": 16}
+PHASES = PARLConfig(cloning_steps=4, offline_steps=3, critic_steps=2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_format(options=PHASES, head=None, name="flow", **sizes):
+    device = DeviceSpec({STATE: ArraySpec((3,))}, ArraySpec((2,), low=(-1.0,), high=(1.0,)), 10.0)
+    chunks = {"n_obs_steps": 1, "horizon": 4, "n_action_steps": 2, "network": NETWORK, **sizes}
+
+    def make(statistics):
+        base = build_policy(name, chunks, device, [STATE], {STATE: STATS}, seed=3)
+        values = {"head": head or {"name": "scalar"}, "horizon": chunks["n_action_steps"]}
+        critic = build_critic(
+            {**values, "members": 3, "width": 16}, base.spec, {STATE: STATS}, seed=4
+        )
+        return improved(base, critic, ImprovementConfig(proposals=4, kept=2, steps=1))
+
+    def updates(policy, learner, seed):
+        return PARLUpdates(policy, options, learner, seed)
+
+    return PolicyFormat((STATE, "action"), make, policy_state, policy_from_state, updates)
+
+
+def batches(count, seed=0):
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        yield {
+            STATE: rng.uniform(-1, 1, (32, 1, 3)).astype(np.float32),
+            f"next.{STATE}": rng.uniform(-1, 1, (32, 1, 3)).astype(np.float32),
+            "action": rng.uniform(-1, 1, (32, 4, 2)).astype(np.float32),
+            "action_is_pad": np.zeros((32, 4), bool),
+            "return": rng.uniform(-2, 0, 32).astype(np.float32),
+            "discount": np.full(32, 0.9, np.float32),
+        }
+
+
+def state_of(learner):
+    policy = {f"policy/{k}": v.clone() for k, v in learner.policy.state_dict().items()}
+    updates = {f"updates/{k}": v.clone() for k, v in learner.updates.tensors().items()}
+    return policy | updates | {f"ema/{k}": v for k, v in learner.ema.parameters().items()}
+
+
+def test_the_policy_is_cloned_then_stays_then_both_learn():
+    form = make_format()
+    learner = Learner(form.make({}), form, LEARNER, seed=1)
+    moved, acts, keys = [], [], []
+    for batch in batches(11):
+        before = state_of(learner)
+        acts.append(learner.acts)
+        keys.append("policy_loss" in learner.update(batch))
+        after = state_of(learner)
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        moved.append(
+            "".join(
+                part[0]
+                for part in ("policy/policy.", "policy/critic.", "updates/target", "ema/")
+                if any(name.startswith(part) for name in changed)
+            )
+            + ("" if any(name.startswith("policy/policy.") for name in changed) else "-")
+        )
+    assert moved[:4] == ["pe"] * 4
+    assert moved[4:7] == ["pu-"] * 3
+    assert moved[7:] == ["ppue", "pu-"] * 2
+    assert acts == [False] * 7 + [True] * 4 and keys == [False] * 7 + [True, False] * 2
+
+
+@pytest.mark.parametrize("cut", [2, 5, 8])
+def test_what_was_saved_in_any_phase_goes_on_bit_for_bit(tmp_path, cut):
+    form = make_format()
+    whole = Learner(form.make({}), form, LEARNER, seed=1)
+    first = Learner(form.make({}), form, LEARNER, seed=1)
+    rest = list(batches(11))
+    for batch in rest:
+        whole.update(batch)
+    for batch in rest[:cut]:
+        first.update(batch)
+    first.save(tmp_path / "c.safetensors", {})
+    second, _ = Learner.load(tmp_path / "c.safetensors", form, LEARNER, seed=1)
+    for batch in rest[cut:]:
+        second.update(batch)
+    expected, found = state_of(whole), state_of(second)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert torch.equal(expected[name], found[name]), name
+
+
+def test_what_is_published_acts_with_averaged_weights_and_the_present_critic():
+    form = make_format()
+    learner = Learner(form.make({}), form, LEARNER, seed=1)
+    for batch in batches(9):
+        learner.update(batch)
+    acting = policy_from_state(*learner.weights())
+    averaged = learner.ema.parameters()
+    assert averaged and all(name.startswith("policy.") for name in averaged)
+    for name, value in acting.state_dict().items():
+        expected = averaged.get(name, learner.policy.state_dict()[name])
+        assert torch.equal(value, expected), name
+    obs = {STATE: np.zeros((2, 1, 3), np.float32)}
+    assert acting.act(acting.init(2), obs, seed=np.arange(2))[1].shape == (2, 4, 2)
+
+
+def test_averages_are_only_borrowed():
+    form = make_format()
+    learner = Learner(form.make({}), form, LEARNER, seed=1)
+    for batch in batches(3):
+        learner.update(batch)
+    before = state_of(learner)
+    with learner.averaged():
+        for name, value in learner.policy.named_parameters():
+            if name.startswith("policy."):
+                assert torch.equal(value, before[f"ema/{name}"])
+    for name, value in state_of(learner).items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_values_beyond_the_head_stop_training():
+    head = {"name": "hl_gauss", "low": -1.0, "high": 1.0, "bins": 16}
+    form = make_format(msgspec.structs.replace(PHASES, cloning_steps=0), head)
+    learner = Learner(form.make({}), form, LEARNER, seed=1)
+    with pytest.raises(EmbodiedError, match=r"beyond what algorithm\.critic\.head can say"):
+        learner.update(next(batches(1)))
+
+
+@pytest.mark.parametrize(
+    "rewards, discount, low, high, fits",
+    [
+        ("cost", 0.9, -10.1, 0.0, True),
+        ("cost", 0.9, -9.0, 0.0, False),
+        ("sparse", 0.9, 0.0, 1.0, True),
+        ("sparse", 0.9, 0.0, 0.9, False),
+        ("recorded", 0.9, 0.0, 0.1, True),
+    ],
+)
+def test_the_heads_range_is_checked_against_the_rewards(rewards, discount, low, high, fits):
+    options = convert({"rewards": rewards, "discount": discount}, PARLConfig)
+    if fits:
+        options.check_value_range(low, high)
+    else:
+        with pytest.raises(ConfigError, match=r"algorithm\.critic\.head goes from"):
+            options.check_value_range(low, high)
+
+
+class BothWays(nn.Module):
+    """Proposes a step back and a step forth, whatever it sees."""
+
+    name = "both_ways"
+
+    def __init__(self, spec):
+        super().__init__()
+        self.spec = spec
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def sample(self, obs, n, *, seed):
+        chunks = torch.tensor([-1.0, 1.0])[:, None, None]
+        return chunks.expand(len(obs[STATE]), n, 1, 1).clone()
+
+    def seed_training(self, seed):
+        pass
+
+
+HEADS = {
+    "scalar": {"name": "scalar"},
+    "hl_gauss": {"name": "hl_gauss", "low": -4.0, "high": 1.0, "bins": 50},
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_backup_converges_to_the_values_of_the_best_actions(head):
+    """A chain of four places, the last one the goal; each step costs 1, the discount is .9."""
+    spec = PolicySpec({STATE: ArraySpec((3,))}, ArraySpec((1,), low=(-1.0,), high=(1.0,)), 1, 1, 1)
+    values = {"head": HEADS[head], "horizon": 1, "members": 2, "width": 64}
+    critic = build_critic(values, spec, {STATE: STATS}, seed=4)
+    stored = StoredCritic(spec={}, options=convert(values, CriticConfig))
+    improvement = ImprovementConfig(proposals=2, kept=2, steps=0)
+    config = ImprovedConfig(policy={}, critic=stored, improvement=improvement)
+    policy = ImprovedPolicy(spec, config, BothWays(spec), critic)
+    options = PARLConfig(
+        cloning_steps=0,
+        offline_steps=10_000,
+        critic_learning_rate=2e-3,
+        target_rate=0.05,
+        discount=0.9,
+    )
+    form = PolicyFormat(
+        (), lambda _: policy, policy_state, policy_from_state,
+        lambda policy, learner, seed: PARLUpdates(policy, options, learner, seed),
+    )  # fmt: skip
+    learner = Learner(policy, form, LEARNER, seed=0)
+    places, actions = np.repeat(np.arange(3), 2), np.tile([-1.0, 1.0], 3)
+    after = np.maximum(places + actions.astype(int), 0)
+    one_hot = np.eye(4, 3, dtype=np.float32)
+    batch = {
+        STATE: one_hot[places][:, None],
+        f"next.{STATE}": one_hot[after][:, None],
+        "action": actions.astype(np.float32)[:, None, None],
+        "action_is_pad": np.zeros((6, 1), bool),
+        "return": np.where(after == 3, 0.0, -1.0).astype(np.float32),
+        "discount": np.where(after == 3, 0.0, 0.9).astype(np.float32),
+    }
+    for _ in range(700):
+        learner.update(batch)
+    asked = torch.tensor([-1.0, 1.0]).expand(3, 2)[:, :, None, None]
+    found = critic.q({STATE: one_hot[:3][:, None]}, asked)
+    expected = np.array([[-2.71, -1.9], [-2.71, -1.0], [-1.9, 0.0]])
+    np.testing.assert_allclose(found.detach().numpy(), expected, atol=0.1)
+
+
+@dataclass
+class Judged:
+    horizon: int = 1
+
+
+class Parabola(nn.Module):
+    """Q = −(a − c)² / 2τ² of a single action, whatever is seen."""
+
+    def __init__(self, spec, centre, scale):
+        super().__init__()
+        self.spec, self.config = spec, Judged()
+        self.centre, self.scale = centre, scale
+
+    def encode(self, obs, rng=None):
+        return torch.zeros(len(obs[STATE]), 1)
+
+    def values(self, cond_BC, actions_BnHD):
+        off = (actions_BnHD[:, :, 0, 0] - self.centre) / self.scale
+        return -0.5 * off.square()[None]
+
+
+SOLVERS = {
+    "flow": {"solver": "heun", "num_steps": 20},
+    "diffusion": {"scheduler": "dpmsolver++", "num_steps": 20},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_distilled_policy_follows_the_exponential_tilt(name):
+    """methods.md D4.1: N(μ, σ²) tilted by exp Q is normal again, its precision 1/σ² + 1/τ²."""
+    mean, sigma, centre, scale = -0.2, 0.25, 0.5, 0.3
+    device = DeviceSpec({STATE: ArraySpec((3,))}, ArraySpec((1,), low=(-1.0,), high=(1.0,)), 10.0)
+    chunks = {"n_obs_steps": 1, "horizon": 1, "n_action_steps": 1, **SOLVERS[name]}
+    config = msgspec.structs.replace(LEARNER, learning_rate=3e-3, steps=1500, ema_decay=0.999)
+    form = PolicyFormat((), lambda _: None, policy_state, policy_from_state)
+    obs = {STATE: np.zeros((256, 1, 3), np.float32)}
+
+    def train(draw, seed) -> Any:
+        network = {"name": "mlp", "width": 64, "depth": 2, "time_dim": 32}
+        made = build_policy(
+            name, {**chunks, "network": network}, device, [STATE], {STATE: STATS}, seed=seed
+        )
+        learner = Learner(made, form, config, seed=seed)
+        while not learner.done:
+            labels = draw(learner.step).astype(np.float32).reshape(256, 1, 1)
+            pads = np.zeros((256, 1), bool)
+            learner.update({**obs, "action": labels, "action_is_pad": pads})
+        return policy_from_state(*learner.weights())
+
+    def moments(policy):
+        drawn = policy.sample(obs, 32, seed=0)
+        return float(drawn.mean()), float(drawn.std())
+
+    rng = np.random.default_rng(0)
+    base = train(lambda step: rng.normal(mean, sigma, 256), 1)
+    assert moments(base) == pytest.approx((mean, sigma), abs=0.02)
+    policy = ImprovedPolicy(
+        base.spec,
+        ImprovedConfig(
+            policy={},
+            critic=StoredCritic(spec={}, options=CriticConfig(head={"name": "scalar"}, horizon=1)),
+            improvement=ImprovementConfig(proposals=64, kept=64, steps=0),
+        ),
+        base,
+        Parabola(base.spec, centre, scale),  # type: ignore[arg-type]
+    )
+    pool = np.concatenate(
+        [policy.optimised(obs, seed=seed, temperature=1.0).numpy().ravel() for seed in range(16)]
+    )
+    precision = 1 / sigma**2 + 1 / scale**2
+    expected = (mean / sigma**2 + centre / scale**2) / precision, math.sqrt(1 / precision)
+    assert (pool.mean(), pool.std()) == pytest.approx(expected, abs=0.02)
+    distilled = train(lambda step: rng.choice(pool, 256), 2)
+    assert moments(distilled) == pytest.approx(expected, abs=0.03)
