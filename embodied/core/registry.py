@@ -69,6 +69,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     "algorithms": {
         "bc": "embodied.learn.bc:BC",
         "dagger": "embodied.learn.dagger:DAgger",
+        "hg_dagger": "embodied.learn.hg_dagger:HGDAgger",
         "parl": "embodied.learn.parl:PARL",
     },
     "draws": {

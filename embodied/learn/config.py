@@ -58,6 +58,12 @@ class DAggerConfig(BCConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     roll_in: float = 1.5
 
 
+class HGDAggerConfig(BCConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """patience: how long the supervisor watches, as a multiple of the longest demonstration."""
+
+    patience: Annotated[float, msgspec.Meta(gt=0)] = 1.5
+
+
 class PARLConfig(BCConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Options of policy-agnostic reinforcement learning.
 

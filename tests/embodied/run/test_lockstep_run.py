@@ -82,6 +82,28 @@ def test_dagger_records_corrections_with_the_version_that_acted(finished):
     assert {e.task for e in episodes} == {"pointmass"}
 
 
+def test_the_better_the_policy_the_fewer_interventions_and_their_steps_are_learned_from(tmp_path):
+    watch = ("algorithm=hg_dagger", "demonstrations.episodes=4", "learner.steps=1000")
+    quiet = ("evaluation.episodes=0", "evaluation.final_episodes=0", "evaluation.videos=0")
+    assert train(tmp_path / "run", *watch, *quiet) == 0
+    run = RunDir(tmp_path / "run")
+    rows = [
+        row
+        for stream in ("actor0", "actor1")
+        for row in run.read("metrics", stream)
+        if not row["demonstration"]
+    ]
+    rows.sort(key=lambda row: row["version"])
+    early, late = rows[: len(rows) // 4], rows[-(len(rows) // 4) :]
+    helped = [sum(row["interventions"] > 0 for row in part) / len(part) for part in (early, late)]
+    assert len(rows) >= 40 and helped[0] > 0.3 and helped[1] < 0.6 * helped[0], helped
+    windows = [row["windows"] for row in run.read("metrics", "learner")]
+    with ReplayReader(run.buffer) as reader:
+        reader.refresh()
+        interventions = sum(e.interventions for e in reader.finished() if e.success)
+    assert windows[0] < windows[-1] <= interventions
+
+
 def test_a_learner_that_demonstrations_keep_short_of_its_first_publication_goes_on(tmp_path):
     tight = ("learner.samples_per_insert=2", "learner.steps=30", "evaluation.episodes=0")
     assert train(tmp_path / "run", *tight, "evaluation.final_episodes=0") == 0
