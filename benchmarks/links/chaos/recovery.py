@@ -30,7 +30,7 @@ class Recovery(msgspec.Struct, frozen=True):
     link_s: until both ends say that they are connected; None where it did not break. control_s:
     until the robot is leased again and moves; None where its holder did not lose it. step_s: until
     a step that was recorded after the fault, in a new episode where the holder lost the robot, is
-    durable at the learner's site. learn_s: until the learner has told of gradient steps. stop_s:
+    durable at the learner's site. learn_s: until the learner has made a gradient step. stop_s:
     how long the arm still moved without a holder. kept: whether a holder that did not die kept its
     robot. halted: the latch that was set, and cleared by this program in a person's place. faults:
     promises that did not hold.
@@ -130,11 +130,10 @@ class Observer:
         self._learned_before = self._learned()
 
     def _learned(self) -> int:
-        """How often the learner has told of gradient steps."""
+        """How often a learner has made its first gradient step."""
         if not self._fault.learns:
             return 0
-        rows = self._lab.learner.read("timings", "learner")
-        return sum(row["steps_per_s"] > 0 for row in rows)
+        return sum(event["event"] == "learning" for event in self._lab.learner.events())
 
     def _look(self, struck_s: float) -> None:
         self._watch.refresh()

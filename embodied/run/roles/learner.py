@@ -65,11 +65,15 @@ def _learn(
 ) -> None:
     started_s, steps, cpu_s, waited_s = time.monotonic(), trainer.step, time.process_time(), 0.0
     data_s = trainer.waited_s
+    begun = False
     while not trainer.done:
         if not trainer.update():
             waited_s += _IDLE_S
             context.check(state="limited by the data")
             time.sleep(_IDLE_S)
+        elif not begun:
+            begun = True
+            context.run.event("learning", step=trainer.step)
         if trainer.publish_due():
             trainer.publish(final=False)
         if trainer.checkpoint_due():
