@@ -22,6 +22,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "meanflow": "policies.meanflow:MeanFlowPolicy",
         "diffusion": "policies.diffusion:DiffusionPolicy",
         "act": "policies.act:ACT",
+        "gaussian": "policies.gaussian:GaussianPolicy",
         "composed": "policies.compose.policy:ComposedPolicy",
         "pooled": "policies.compose.pooled:PooledPolicy",
         "improved": "policies.improved:ImprovedPolicy",
@@ -70,6 +71,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "bc": "embodied.learn.bc:BC",
         "dagger": "embodied.learn.dagger:DAgger",
         "parl": "embodied.learn.parl:PARL",
+        "rlpd": "embodied.learn.rlpd:RLPD",
     },
     "draws": {
         "uniform": "embodied.buffer.sample.draws:Uniform",
@@ -133,6 +135,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "meanflow": "policies.configs:MeanFlowConfig",
         "diffusion": "policies.configs:DiffusionConfig",
         "act": "policies.configs:ACTConfig",
+        "gaussian": "policies.configs:GaussianConfig",
     },
     "networks": {
         "mlp": "policies.configs:MLPConfig",
