@@ -3,7 +3,7 @@
 The registry says which class of options belongs to which name (`embodied.core.registry.OPTIONS`).
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 
@@ -56,6 +56,10 @@ class ChunkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     images: ImagesConfig = msgspec.field(default_factory=ImagesConfig)
     language: dict[str, Any] | None = None
     goals: tuple[str, ...] = ()
+
+    has_density: ClassVar[bool] = False
+    """Whether the policy knows the density of what it draws, and has gradients of both (as
+    `rsample` of the Gaussian policy)."""
 
     def parts(self) -> list[tuple[str, Any, str]]:
         """The components that the options name: registry kind, name with options, and where."""
@@ -179,6 +183,23 @@ class ACTConfig(ChunkConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def __post_init__(self) -> None:
         """Raise ConfigError for a width that the heads cannot share."""
         _check_heads(self.width, self.heads)
+
+
+class GaussianConfig(ChunkConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Options of the Gaussian policy: width and depth, the units and number of hidden layers."""
+
+    width: Annotated[int, msgspec.Meta(ge=8, le=8192)] = 256
+    depth: Annotated[int, msgspec.Meta(ge=1, le=64)] = 2
+
+    has_density: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for actions that a tanh does not bound."""
+        if self.action_normalization != "spec":
+            raise ConfigError(
+                f"action_normalization is {self.action_normalization}; a Gaussian under a tanh "
+                "reaches the device's bounds and no further: set action_normalization: spec"
+            )
 
 
 class MLPConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

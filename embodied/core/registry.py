@@ -22,6 +22,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "meanflow": "policies.meanflow:MeanFlowPolicy",
         "diffusion": "policies.diffusion:DiffusionPolicy",
         "act": "policies.act:ACT",
+        "gaussian": "policies.gaussian:GaussianPolicy",
         "composed": "policies.compose.policy:ComposedPolicy",
         "pooled": "policies.compose.pooled:PooledPolicy",
         "improved": "policies.improved:ImprovedPolicy",
@@ -71,6 +72,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "dagger": "embodied.learn.dagger:DAgger",
         "hg_dagger": "embodied.learn.hg_dagger:HGDAgger",
         "parl": "embodied.learn.parl:PARL",
+        "rlpd": "embodied.learn.rlpd:RLPD",
     },
     "draws": {
         "uniform": "embodied.buffer.sample.draws:Uniform",
@@ -134,6 +136,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "meanflow": "policies.configs:MeanFlowConfig",
         "diffusion": "policies.configs:DiffusionConfig",
         "act": "policies.configs:ACTConfig",
+        "gaussian": "policies.configs:GaussianConfig",
     },
     "networks": {
         "mlp": "policies.configs:MLPConfig",

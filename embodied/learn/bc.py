@@ -43,6 +43,9 @@ class BC:
     improvement: Mapping[str, Any] = {}
     """Options of the critic that the policy is improved by, None for none, and how."""
 
+    needs_density = False
+    """Whether the policy must be one that has a density."""
+
     def __init__(self, config: BCConfig) -> None:
         self.config = config
 

@@ -64,34 +64,29 @@ class HGDAggerConfig(BCConfig, frozen=True, forbid_unknown_fields=True, kw_only=
     patience: Annotated[float, msgspec.Meta(gt=0)] = 1.5
 
 
-class PARLConfig(BCConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Options of policy-agnostic reinforcement learning.
+class ActorCriticConfig(BCConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Options of algorithms that learn a critic beside the policy.
 
-    only_successful: clone successful demonstrations alone; the critic learns from all.
-    cloning_steps, offline_steps: gradient steps of the first two phases; then the policy acts.
-    demonstrations: share of what the run records that comes from demonstrations, in every batch.
-    critic: options of CriticConfig but for its horizon, which is how many actions are executed;
-    improvement: of ImprovementConfig. rewards, discount: see WindowSpec; the discount is per step.
+    only_successful: learn from successful demonstrations alone, in all phases; of what the policy
+    did, from everything. cloning_steps, offline_steps: gradient steps of the first two phases; then
+    the policy acts. demonstrations: share of them in every batch from what the run records.
+    critic: options of CriticConfig but for its horizon, which is how many actions are executed.
+    rewards, discount: see WindowSpec; the discount is per step.
     critic_learning_rate; target_rate: τ by which the target critic follows; backup_members: of how
-    many random members of it the least value is taken. critic_steps: critic steps to one of
-    distillation. distil_learning_rate; distil_temperature: see ImprovementConfig.
-    distil_data: whether the recorded action is among the candidates.
+    many random members of it the least value is taken. critic_steps: critic steps to one of the
+    policy.
     """
 
     cloning_steps: Count = 2000
     offline_steps: Count = 2000
     demonstrations: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.5
     critic: dict[str, Any] = msgspec.field(default_factory=lambda: {})
-    improvement: dict[str, Any] = msgspec.field(default_factory=lambda: {})
     rewards: Literal["recorded", "sparse", "cost"] = "cost"
     discount: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.99
     critic_learning_rate: Rate = 3e-4
     target_rate: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.005
     backup_members: Annotated[int, msgspec.Meta(ge=1)] = 2
     critic_steps: Annotated[int, msgspec.Meta(ge=1)] = 1
-    distil_learning_rate: Rate = 1e-4
-    distil_temperature: Rate | None = None
-    distil_data: bool = True
 
     def value_range(self) -> tuple[float, float]:
         """Between what the values lie; of recorded rewards nothing is known."""
@@ -108,3 +103,33 @@ class PARLConfig(BCConfig, frozen=True, forbid_unknown_fields=True, kw_only=True
                 f"and discount={self.discount:g} values lie between {least:g} and {most:g}: widen "
                 "it, and a little beyond"
             )
+
+
+class PARLConfig(ActorCriticConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Options of policy-agnostic reinforcement learning.
+
+    improvement: options of ImprovementConfig. distil_learning_rate; distil_temperature: see
+    ImprovementConfig. distil_data: whether the recorded action is among the candidates.
+    """
+
+    improvement: dict[str, Any] = msgspec.field(default_factory=lambda: {})
+    distil_learning_rate: Rate = 1e-4
+    distil_temperature: Rate | None = None
+    distil_data: bool = True
+
+
+class RLPDConfig(ActorCriticConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Options of reinforcement learning with prior data, soft actor-critic.
+
+    actor_learning_rate: of the policy, once its critic teaches it. temperature_learning_rate: 0
+    keeps the temperature α where it begins, at initial_temperature. target_entropy: in nats for
+    each number of the executed actions, where their bounds are ±1; log 2 would be the uniform
+    density's. entropy_backup: whether target values include the entropy to come, −α log π;
+    the critic's head must then hold it on top of what is rewarded.
+    """
+
+    actor_learning_rate: Rate = 3e-4
+    temperature_learning_rate: Annotated[float, msgspec.Meta(ge=0)] = 3e-4
+    initial_temperature: Rate = 1.0
+    target_entropy: Annotated[float, msgspec.Meta(lt=0.69)] = -0.5
+    entropy_backup: bool = False

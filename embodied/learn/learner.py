@@ -17,7 +17,7 @@ from embodied.core.files import read_tensors, write_tensors
 from embodied.learn.config import LearnerConfig
 from embodied.learn.ema import EMA
 from embodied.learn.snapshot import Snapshot
-from embodied.learn.updates.base import Cloning, Updates
+from embodied.learn.updates.base import OWN, Cloning, Updates
 
 Arrays = dict[str, np.ndarray]
 
@@ -55,6 +55,7 @@ class Learner:
         self._described: dict[str, Any] | None = None
         self._stream = torch.cuda.Stream() if self._device.type == "cuda" else None
         trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        trained |= {OWN + name: p for name, p in self.updates.parameters().items()}
         self._groups = {
             name: {key: p for key, p in trained.items() if key.startswith(group.prefix)}
             for name, group in self.updates.groups.items()
@@ -108,7 +109,10 @@ class Learner:
         }
         self.policy.train()
         reduced = self.config.precision == "bfloat16"
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=reduced):
+        # Casts are not kept: those of before a step, or made without gradients, would be used on.
+        with torch.autocast(
+            self._device.type, torch.bfloat16, enabled=reduced, cache_enabled=False
+        ):
             metrics = self.updates.step(tensors, self, self.step)
         self.step += 1
         return metrics

@@ -6,6 +6,7 @@ from typing import Any
 from embodied.core.config import component, convert, options_of
 from embodied.core.errors import ConfigError
 from embodied.learn.bc import BC
+from policies.configs import ChunkConfig
 from policies.critics.configs import CriticConfig, ImprovementConfig
 
 
@@ -41,3 +42,12 @@ def check_critic(algorithm: BC, n_action_steps: int) -> None:
     low, high = getattr(head, "low", None), getattr(head, "high", None)
     if low is not None and high is not None:
         algorithm.check_value_range(low, high)
+
+
+def check_density(algorithm: BC, policy: ChunkConfig) -> None:
+    """Raise ConfigError if the algorithm needs a density that the policy lacks."""
+    if algorithm.needs_density and not policy.has_density:
+        raise ConfigError(
+            f"{type(algorithm).__name__} needs the density of what a policy draws, and this one "
+            "has none: choose policy=gaussian, or algorithm=parl, by which any policy learns"
+        )

@@ -13,7 +13,7 @@ from embodied.core.instructions import encode_instruction
 from embodied.core.registry import unknown
 from embodied.core.specs import DeviceSpec
 from embodied.learn.config import LearnerConfig
-from embodied.run.algorithm import check_critic, make_algorithm
+from embodied.run.algorithm import check_critic, check_density, make_algorithm
 from embodied.run.gateway_options import GatewayConfig
 from hal.gpus import one_gpu
 from hal.pool import selectors
@@ -225,6 +225,7 @@ def check(config: TrainConfig) -> TrainConfig:
     algorithm = make_algorithm(config.algorithm)
     options = core_config.options_of("policies", config.policy, "policy")
     check_critic(algorithm, options.n_action_steps)
+    check_density(algorithm, options)
     _check_data(config, asks_expert=algorithm.asks_expert)
     learner = config.learner
     if config.run.mode == "lockstep" and learner.minutes is not None:

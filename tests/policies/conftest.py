@@ -22,7 +22,10 @@ SMALL = {
     "dit": {"name": "dit", "width": 16, "depth": 2, "heads": 2, "time_dim": 16},
 }
 SMALL_CRITIC = {"head": {"name": "scalar"}, "horizon": 4, "members": 3, "width": 16}
-SMALL_ACT = {"width": 16, "heads": 2, "encoder_depth": 1, "latent_dim": 4}
+SMALL_ALONE = {
+    "act": {"width": 16, "heads": 2, "encoder_depth": 1, "latent_dim": 4},
+    "gaussian": {"width": 16},
+}
 
 FLAT = ("flow", "diffusion")
 COMPOSED = {
@@ -73,8 +76,8 @@ class Fixtures:
             return improved(base, self.critic(base.spec, seed=seed), improvement)
         device = device or self.device()
         network = options.pop("network", "mlp")
-        sizes: dict[str, Any] = SMALL_ACT
-        if name != "act":
+        sizes: dict[str, Any] = SMALL_ALONE.get(name, {})
+        if not sizes:
             sizes = {"network": SMALL[network] if isinstance(network, str) else network}
         config = {"horizon": 6, "n_action_steps": 3, **options, **sizes}
         return build_policy(name, config, device, device.observation, self.all_stats(), seed=seed)

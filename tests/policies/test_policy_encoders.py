@@ -23,6 +23,9 @@ TRAINED = [n for n in names("policies") if issubclass(resolve("policies", n).Con
 """Policies with an encoder of their own."""
 
 
+ALONE = {"act": {"width": 16, "heads": 2, "encoder_depth": 1}, "gaussian": {"width": 16}}
+
+
 def device(**pictures):
     observation = {"observation.state": ArraySpec((3,))}
     observation |= {
@@ -32,9 +35,8 @@ def device(**pictures):
 
 
 def policy(make, spec, *, name="flow", language=None, goals=(), **images):
-    sizes = {"width": 16, "heads": 2, "encoder_depth": 1} if name == "act" else {}
-    if name != "act":
-        sizes["network"] = {"name": "mlp", "width": 16, "depth": 1, "time_dim": 4}
+    network = {"name": "mlp", "width": 16, "depth": 1, "time_dim": 4}
+    sizes = ALONE.get(name, {"network": network})
     options = {
         "horizon": 4,
         "n_action_steps": 2,

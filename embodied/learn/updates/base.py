@@ -7,17 +7,22 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from embodied.learn.config import LearnerConfig
 
 Batch = Mapping[str, torch.Tensor]
 
+OWN = "updates."
+"""What the learner puts before the names of parameters that are the updates' own."""
+
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters of the policy with an optimiser of their own (AdamW).
+    """Parameters with an optimiser of their own (AdamW).
 
-    prefix: of their names. weight_decay: of theirs. setting: what to lower if they diverge.
+    prefix: of their names in the policy; OWN for those that are the updates' own. weight_decay: of
+    theirs. setting: what to lower if they diverge.
     """
 
     prefix: str
@@ -63,6 +68,10 @@ class Updates(Protocol):
         """The step after `step` others; its metrics, among them "loss"."""
         ...
 
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """What is trained beside the policy, by name; the values are among `tensors`."""
+        ...
+
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """State to be kept in a checkpoint, by name."""
         ...
@@ -104,6 +113,10 @@ class Cloning:
         loss, metrics = self._policy.loss(batch)
         norm = optimisers.descend("policy", loss, rate)
         return {**metrics, "grad_norm": norm, "learning_rate": rate}
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """See Updates: none."""
+        return {}
 
     def tensors(self) -> Mapping[str, torch.Tensor]:
         """See Updates: none."""

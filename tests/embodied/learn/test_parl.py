@@ -1,20 +1,19 @@
 """Policy-agnostic RL: its phases, its backup against a closed form, and what survives a restart."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import torch
+from actor_critics import LEARNER, STATE, STATS, Parabola, batches, state_of
 from torch import nn
 
-from embodied.buffer.sample.statistics import FeatureStats
 from embodied.core.config import convert
 from embodied.core.errors import ConfigError, EmbodiedError
 from embodied.core.specs import ArraySpec, DeviceSpec, PolicySpec
-from embodied.learn.config import LearnerConfig, PARLConfig
+from embodied.learn.config import PARLConfig
 from embodied.learn.learner import Learner, PolicyFormat
 from embodied.learn.updates.parl import PARLUpdates
 from policies.build import build_critic, build_policy
@@ -22,27 +21,6 @@ from policies.checkpoint import policy_from_state, policy_state
 from policies.critics.configs import CriticConfig, ImprovementConfig
 from policies.improved import ImprovedConfig, ImprovedPolicy, StoredCritic, improved
 
-LEARNER = LearnerConfig(
-    batch_size=32,
-    steps=10_000,
-    minutes=None,
-    learning_rate=1e-3,
-    weight_decay=0.0,
-    warmup_steps=10,
-    max_grad_norm=10.0,
-    precision="float32",
-    ema_decay=0.99,
-    threads=1,
-    publish_every=10,
-    checkpoint_every=10,
-    steps_per_round=10,
-    samples_per_insert=None,
-)
-STATE = "observation.state"
-STATS = FeatureStats(
-    mean=[0.0] * 3, std=[1.0] * 3, min=[-1.0] * 3, max=[1.0] * 3, q01=[-1.0] * 3, q99=[1.0] * 3,
-    count=10,
-)  # fmt: skip
 NETWORK = {"name": "mlp", "width": 32, "depth": 1, "time_dim": 16}
 PHASES = PARLConfig(cloning_steps=4, offline_steps=3, critic_steps=2)
 
@@ -71,25 +49,6 @@ def make_format(options=PHASES, head=None, name="flow", **sizes):
         return PARLUpdates(policy, options, learner, seed)
 
     return PolicyFormat((STATE, "action"), make, policy_state, policy_from_state, updates)
-
-
-def batches(count, seed=0):
-    rng = np.random.default_rng(seed)
-    for _ in range(count):
-        yield {
-            STATE: rng.uniform(-1, 1, (32, 1, 3)).astype(np.float32),
-            f"next.{STATE}": rng.uniform(-1, 1, (32, 1, 3)).astype(np.float32),
-            "action": rng.uniform(-1, 1, (32, 4, 2)).astype(np.float32),
-            "action_is_pad": np.zeros((32, 4), bool),
-            "return": rng.uniform(-2, 0, 32).astype(np.float32),
-            "discount": np.full(32, 0.9, np.float32),
-        }
-
-
-def state_of(learner):
-    policy = {f"policy/{k}": v.clone() for k, v in learner.policy.state_dict().items()}
-    updates = {f"updates/{k}": v.clone() for k, v in learner.updates.tensors().items()}
-    return policy | updates | {f"ema/{k}": v for k, v in learner.ema.parameters().items()}
 
 
 def test_the_policy_is_cloned_then_stays_then_both_learn():
@@ -255,27 +214,6 @@ def test_the_backup_converges_to_the_values_of_the_best_actions(head):
     found = critic.q({STATE: one_hot[:3][:, None]}, asked)
     expected = np.array([[-2.71, -1.9], [-2.71, -1.0], [-1.9, 0.0]])
     np.testing.assert_allclose(found.detach().numpy(), expected, atol=0.1)
-
-
-@dataclass
-class Judged:
-    horizon: int = 1
-
-
-class Parabola(nn.Module):
-    """Q = −(a − c)² / 2τ² of a single action, whatever is seen."""
-
-    def __init__(self, spec, centre, scale):
-        super().__init__()
-        self.spec, self.config = spec, Judged()
-        self.centre, self.scale = centre, scale
-
-    def encode(self, obs, rng=None):
-        return torch.zeros(len(obs[STATE]), 1)
-
-    def values(self, cond_BC, actions_BnHD):
-        off = (actions_BnHD[:, :, 0, 0] - self.centre) / self.scale
-        return -0.5 * off.square()[None]
 
 
 SOLVERS = {

@@ -9,7 +9,7 @@ from embodied.buffer.read.replay import ReplayReader
 from embodied.buffer.sample.samplers import StepFlags
 from embodied.cli.main import main
 from embodied.core.rundir import RunDir
-from embodied.learn.parl import select_own_actions
+from embodied.learn.actor_critic import select_own_actions
 from embodied.weights.store import WeightStore
 from policies.checkpoint import load_policy
 
