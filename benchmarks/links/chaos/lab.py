@@ -165,9 +165,15 @@ class Lab:
         return found[0], found[1]
 
     def clear_halt(self) -> str:
-        """Clear a latched halt of the robot, as a person would; its reason, "" if there is none."""
+        """Clear a latched halt of the robot, as a person would; its reason, "" if there is none.
+
+        A servo that is overloaded stays so until its power has been off.
+        """
         file = latch_file(self.folder / "state-site" / "latches", ROBOT)
         if reason := latch_reason(file):
+            if "overload" in reason:
+                self.arm.power_off()
+                self.arm.power_on()
             file.unlink(missing_ok=True)
         return reason
 
