@@ -70,6 +70,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     "algorithms": {
         "bc": "embodied.learn.bc:BC",
         "dagger": "embodied.learn.dagger:DAgger",
+        "filtered_bc": "embodied.learn.filtered_bc:FilteredBC",
         "hg_dagger": "embodied.learn.hg_dagger:HGDAgger",
         "parl": "embodied.learn.parl:PARL",
         "rlpd": "embodied.learn.rlpd:RLPD",

@@ -104,6 +104,22 @@ def test_the_better_the_policy_the_fewer_interventions_and_their_steps_are_learn
     assert windows[0] < windows[-1] <= interventions
 
 
+def test_filtered_cloning_learns_from_successes_alone_and_asks_no_expert(tmp_path):
+    few = ("algorithm=filtered_bc", "learner.steps=200", "evaluation.episodes=0")
+    assert train(tmp_path / "run", *few, "evaluation.final_episodes=0") == 0
+    run = RunDir(tmp_path / "run")
+    with ReplayReader(run.buffer) as reader:
+        reader.refresh()
+        episodes = list(reader.finished())
+    own = [e for e in episodes if not e.interventions]
+    assert {e.interventions == len(e.rows) for e in episodes if e.interventions} == {True}
+    assert {e.success for e in own} == {True, False}
+    windows = [row["windows"] for row in run.read("metrics", "learner")]
+    learned = sum(len(e.rows) for e in episodes if e.success)
+    demonstrated = sum(len(e.rows) for e in episodes if e.success and e.interventions)
+    assert demonstrated < windows[-1] <= learned
+
+
 def test_a_learner_that_demonstrations_keep_short_of_its_first_publication_goes_on(tmp_path):
     tight = ("learner.samples_per_insert=2", "learner.steps=30", "evaluation.episodes=0")
     assert train(tmp_path / "run", *tight, "evaluation.final_episodes=0") == 0
