@@ -14,6 +14,7 @@ import torch
 from embodied.buffer.sample.statistics import FeatureStats
 from embodied.core.errors import CorruptDataError, EmbodiedError
 from embodied.core.files import read_tensors, write_tensors
+from embodied.learn.adamw import AdamW
 from embodied.learn.config import LearnerConfig
 from embodied.learn.ema import EMA
 from embodied.learn.snapshot import Snapshot
@@ -61,13 +62,7 @@ class Learner:
             for name, group in self.updates.groups.items()
         }
         self._optimizers = {
-            name: torch.optim.AdamW(
-                list(self._groups[name].values()),
-                lr=config.learning_rate,
-                betas=(0.9, 0.99),
-                weight_decay=group.weight_decay,
-                fused=True,
-            )
+            name: AdamW(self._groups[name], weight_decay=group.weight_decay)
             for name, group in self.updates.groups.items()
         }
         policy.seed_training(seed)
@@ -120,9 +115,7 @@ class Learner:
     def descend(self, group: str, loss: torch.Tensor, learning_rate: float) -> float:
         """See Optimisers; EmbodiedError if the gradient is not finite."""
         optimizer, parameters = self._optimizers[group], self._groups[group]
-        for each in optimizer.param_groups:
-            each["lr"] = learning_rate
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         with torch.autocast(self._device.type, enabled=False):
             loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters.values(), self.config.max_grad_norm)
@@ -132,7 +125,7 @@ class Learner:
                 f"{self.updates.groups[group].setting} (now {learning_rate:g}) or use "
                 "learner.precision=float32"
             )
-        optimizer.step()
+        optimizer.step(learning_rate)
         if self.updates.groups[group].prefix.startswith(self.updates.averaged):
             self.ema.update(self.policy)
         return float(norm)
@@ -166,15 +159,10 @@ class Learner:
         tensors = {f"policy/{name}": value for name, value in arrays.items()}
         for name, value in self.ema.parameters().items():
             tensors[f"ema/{name}"] = value.cpu().numpy()
-        optimizer_steps: dict[str, float] = {}
-        for group, parameters in self._groups.items():
-            states = self._optimizers[group].state
-            for name, parameter in parameters.items():
-                state = states.get(parameter, {})
-                for key in ("exp_avg", "exp_avg_sq"):
-                    if key in state:
-                        tensors[f"optimizer/{key}/{name}"] = state[key].cpu().numpy()
-                optimizer_steps[group] = float(state.get("step", 0.0))
+        steps: dict[str, float] = {}
+        for optimizer in self._optimizers.values():
+            tensors |= {f"optimizer/{name}": array for name, array in optimizer.arrays().items()}
+            steps |= optimizer.steps()
         for name, value in self.updates.tensors().items():
             tensors[f"updates/{name}"] = value.detach().cpu().numpy()
         tensors["training_rng"] = self.policy.training_rng_state().numpy()
@@ -182,7 +170,7 @@ class Learner:
             "policy": config,
             "step": self.step,
             "seconds": self.seconds,
-            "optimizer_steps": optimizer_steps,
+            "optimizer_steps": steps,
             "ema_updates": self.ema.updates,
             "extra": dict(extra),
         }
@@ -203,7 +191,9 @@ class Learner:
             learner = cls(policy, policy_format, config, seed=seed)
             averages = {n: torch.from_numpy(v) for n, v in _under("ema/", arrays).items()}
             learner.ema.load(averages, header["ema_updates"])
-            learner._load_optimizers(arrays, header["optimizer_steps"])
+            moments, steps = _under("optimizer/", arrays), header["optimizer_steps"]
+            for optimizer in learner._optimizers.values():
+                optimizer.load(moments, steps)
             kept = _under("updates/", arrays)
             learner.updates.load({name: torch.from_numpy(v) for name, v in kept.items()})
             policy.set_training_rng_state(torch.from_numpy(arrays["training_rng"]))
@@ -213,20 +203,6 @@ class Learner:
                 f"{path} lacks {error}; it was not written by this version. Start a new run."
             ) from error
         return learner, header["extra"]
-
-    def _load_optimizers(
-        self, arrays: Mapping[str, np.ndarray], steps: Mapping[str, float]
-    ) -> None:
-        for group, parameters in self._groups.items():
-            for name, parameter in parameters.items() if steps[group] else ():
-                moments = {
-                    key: torch.from_numpy(arrays[f"optimizer/{key}/{name}"])
-                    for key in ("exp_avg", "exp_avg_sq")
-                }
-                self._optimizers[group].state[parameter] = {
-                    "step": torch.tensor(steps[group], device=self._device),
-                    **{k: v.to(self._device, copy=True) for k, v in moments.items()},
-                }
 
 
 def _under(prefix: str, arrays: Mapping[str, np.ndarray]) -> Arrays:

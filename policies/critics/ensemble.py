@@ -21,7 +21,7 @@ from policies.normalizer import FeatureStats, LinearNormalizer
 from policies.reading import Array, read_observations
 
 FINAL_SCALE = 1e-2
-"""Of the last layer's initial weights: all values begin at about the head's middle."""
+"""Of the last layer's initial weights: all values begin at about the head's start."""
 
 
 class StackedLinear(nn.Module):
@@ -118,6 +118,8 @@ class EnsembleCritic(nn.Module):
         self.head: ValueHead = head(options)
         chunk_dim = config.horizon * spec.action.size
         self.network = StackedMLP(config, self.encoder.dim, chunk_dim, self.head.outputs)
+        with torch.no_grad():
+            self.network.outlet.bias_E1O.add_(self.head.start())
 
     @property
     def device(self) -> torch.device:

@@ -1,5 +1,6 @@
 """What a critic's last layer means: values, and how they are learned. K outputs, K bins."""
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -13,6 +14,10 @@ class ValueHead(nn.Module, ABC):
 
     outputs: int
     """K."""
+
+    @abstractmethod
+    def start(self) -> torch.Tensor:
+        """Outputs [K] from which learning begins."""
 
     @abstractmethod
     def value(self, logits: torch.Tensor) -> torch.Tensor:
@@ -36,6 +41,10 @@ class Scalar(ValueHead):
 
     def __init__(self, config: ScalarConfig) -> None:
         super().__init__()
+
+    def start(self) -> torch.Tensor:
+        """See ValueHead: a value of 0."""
+        return torch.zeros(1)
 
     def value(self, logits: torch.Tensor) -> torch.Tensor:
         """See ValueHead."""
@@ -70,6 +79,11 @@ class HLGauss(ValueHead):
         edges = torch.linspace(config.low, config.high, config.bins + 1, dtype=torch.float64)
         self.register_buffer("edges", edges.float(), persistent=False)
         self.register_buffer("centres_K", ((edges[1:] + edges[:-1]) / 2).float(), persistent=False)
+
+    def start(self) -> torch.Tensor:
+        """See ValueHead: at the low end, so that nothing is thought good before it is known; half
+        as much in each bin as in the one below."""
+        return -math.log(2) * torch.arange(self.outputs)
 
     def value(self, logits: torch.Tensor) -> torch.Tensor:
         """See ValueHead: the histogram's mean, Σ p·centre."""

@@ -15,11 +15,12 @@ _NICENESS = 5
 
 
 def evaluator_role(context: Context) -> None:
-    """Evaluates the newest weights on robots of its own, the last ones at full length."""
-    import torch
+    """Evaluates the newest weights on robots of its own, the last ones at full length.
 
+    torch is loaded when there is something to evaluate: a run that begins, or begins again, has
+    better use for its cores.
+    """
     os.nice(_NICENESS)
-    torch.set_num_threads(context.config.inference.threads)
     run, evaluation = context.run, context.config.evaluation
     store, sitting = WeightStore(run.weights), run.sitting()
     evaluator = Evaluator(context.config.task, context.config.sim, rows=evaluation.rows)
@@ -67,10 +68,13 @@ def _evaluate(
     final: bool,
 ) -> bool:
     """Evaluate one version; False if the last weights came meanwhile and it was given up."""
+    import torch
+
     from policies.checkpoint import policy_from_state
     from policies.inference.policy import ActingPolicy
 
     run, config = context.run, context.config
+    torch.set_num_threads(config.inference.threads)
     arrays, manifest = store.load(version)
     step = int(manifest.metadata["step"])
     results = evaluator.run(

@@ -171,7 +171,7 @@ class BothWays(nn.Module):
 
 HEADS = {
     "scalar": {"name": "scalar"},
-    "hl_gauss": {"name": "hl_gauss", "low": -4.0, "high": 1.0, "bins": 50},
+    "hl_gauss": {"name": "hl_gauss", "low": -11.0, "high": 1.0, "bins": 96},
 }
 
 
@@ -208,7 +208,7 @@ def test_the_backup_converges_to_the_values_of_the_best_actions(head):
         "return": np.where(after == 3, 0.0, -1.0).astype(np.float32),
         "discount": np.where(after == 3, 0.0, 0.9).astype(np.float32),
     }
-    for _ in range(700):
+    for _ in range(1200):
         learner.update(batch)
     asked = torch.tensor([-1.0, 1.0]).expand(3, 2)[:, :, None, None]
     found = critic.q({STATE: one_hot[:3][:, None]}, asked)
