@@ -114,7 +114,7 @@ class PARLConfig(ActorCriticConfig, frozen=True, forbid_unknown_fields=True, kw_
 
     improvement: dict[str, Any] = msgspec.field(default_factory=lambda: {})
     distil_learning_rate: Rate = 1e-4
-    distil_temperature: Rate | None = None
+    distil_temperature: Rate | None = 1.0
     distil_data: bool = True
 
 
