@@ -77,7 +77,8 @@ class Observer:
     def __init__(self, lab: Lab, watch: Watch, fault: Fault) -> None:
         self._lab, self._watch, self._fault = lab, watch, fault
         watch.refresh()
-        self._recorded = self._learned_before = 0
+        self._recorded = 0
+        self._learned_before = self._learned()
         self._episode = -1
         self._token = self._token_now()
         self._linked_s = self._links()
@@ -125,9 +126,8 @@ class Observer:
         )
 
     def _begin(self) -> None:
-        """Count what is recorded and learned from now on."""
+        """Count what is recorded from now on."""
         self._recorded = len(self._watch.spool.payloads)
-        self._learned_before = self._learned()
 
     def _learned(self) -> int:
         """How often a learner has made its first gradient step."""
