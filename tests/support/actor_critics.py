@@ -8,6 +8,7 @@ from torch import nn
 
 from embodied.buffer.sample.statistics import FeatureStats
 from embodied.learn.config import LearnerConfig
+from embodied.learn.learner import Learner
 from policies.critics.configs import ScalarConfig
 from policies.critics.heads import Scalar
 
@@ -51,6 +52,25 @@ def state_of(learner):
     policy = {f"policy/{k}": v.clone() for k, v in learner.policy.state_dict().items()}
     updates = {f"updates/{k}": v.clone() for k, v in learner.updates.tensors().items()}
     return policy | updates | {f"ema/{k}": v for k, v in learner.ema.parameters().items()}
+
+
+def assert_goes_on(form, config, cut, path, count=14):
+    """What was saved after `cut` batches ends bit for bit as what was never saved."""
+    whole = Learner(form.make({}), form, config, seed=1)
+    first = Learner(form.make({}), form, config, seed=1)
+    rest = list(batches(count))
+    for batch in rest:
+        whole.update(batch)
+    for batch in rest[:cut]:
+        first.update(batch)
+    first.save(path, {})
+    second, _ = Learner.load(path, form, config, seed=1)
+    for batch in rest[cut:]:
+        second.update(batch)
+    expected, found = state_of(whole), state_of(second)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert torch.equal(expected[name], found[name]), name
 
 
 @dataclass

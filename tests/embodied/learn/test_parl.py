@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from actor_critics import LEARNER, STATE, STATS, Parabola, batches, state_of
+from actor_critics import LEARNER, STATE, STATS, Parabola, assert_goes_on, batches, state_of
 from torch import nn
 
 from embodied.core.config import convert
@@ -75,24 +75,11 @@ def test_the_policy_is_cloned_then_stays_then_both_learn():
     assert acts == [False] * 7 + [True] * 4 and keys == [False] * 7 + [True, False] * 2
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("cut", [2, 5, 8])
-def test_what_was_saved_in_any_phase_goes_on_bit_for_bit(tmp_path, cut):
-    form = make_format()
-    whole = Learner(form.make({}), form, LEARNER, seed=1)
-    first = Learner(form.make({}), form, LEARNER, seed=1)
-    rest = list(batches(11))
-    for batch in rest:
-        whole.update(batch)
-    for batch in rest[:cut]:
-        first.update(batch)
-    first.save(tmp_path / "c.safetensors", {})
-    second, _ = Learner.load(tmp_path / "c.safetensors", form, LEARNER, seed=1)
-    for batch in rest[cut:]:
-        second.update(batch)
-    expected, found = state_of(whole), state_of(second)
-    assert expected.keys() == found.keys()
-    for name in expected:
-        assert torch.equal(expected[name], found[name]), name
+def test_what_was_saved_in_any_phase_goes_on_bit_for_bit(tmp_path, cut, precision):
+    form, config = make_format(), msgspec.structs.replace(LEARNER, precision=precision)
+    assert_goes_on(form, config, cut, tmp_path / "c.safetensors")
 
 
 def test_what_is_published_acts_with_averaged_weights_and_the_present_critic():

@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from actor_critics import LEARNER, STATE, STATS, Parabola, batches, state_of
+from actor_critics import LEARNER, STATE, STATS, Parabola, assert_goes_on, batches, state_of
 
 from embodied.core.config import convert
 from embodied.core.errors import ConfigError
@@ -93,21 +93,7 @@ def test_the_policy_is_cloned_then_stays_then_both_learn():
 @pytest.mark.parametrize("cut", [2, 5, 8])
 def test_what_was_saved_in_any_phase_goes_on_bit_for_bit(tmp_path, cut, precision):
     form, config = make_format(), msgspec.structs.replace(LEARNER, precision=precision)
-    whole = Learner(form.make({}), form, config, seed=1)
-    first = Learner(form.make({}), form, config, seed=1)
-    rest = list(batches(14))
-    for batch in rest:
-        whole.update(batch)
-    for batch in rest[:cut]:
-        first.update(batch)
-    first.save(tmp_path / "c.safetensors", {})
-    second, _ = Learner.load(tmp_path / "c.safetensors", form, config, seed=1)
-    for batch in rest[cut:]:
-        second.update(batch)
-    expected, found = state_of(whole), state_of(second)
-    assert expected.keys() == found.keys() and "updates/log_temperature" in found
-    for name in expected:
-        assert torch.equal(expected[name], found[name]), name
+    assert_goes_on(form, config, cut, tmp_path / "c.safetensors")
 
 
 def test_what_is_published_acts_with_its_critic_beside_it():
