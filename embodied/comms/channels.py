@@ -28,6 +28,7 @@ Handler = Callable[[Any, dict[str, np.ndarray]], tuple[msgspec.Struct, Mapping[s
 
 _ID = struct.Struct("<Q")
 _MAX_ERROR_CHARS = 4096
+_GLANCE_S = 0.1
 
 
 class ErrorReply(msgspec.Struct, frozen=True, tag="error", forbid_unknown_fields=True):
@@ -79,8 +80,8 @@ class Requests(Protocol):
     def request(
         self, header: msgspec.Struct, arrays: Mapping[str, np.ndarray], timeout_s: float
     ) -> Message:
-        """Send, wait, return (header, arrays). Raises LinkError after timeout_s, or the error
-        with which the server refused."""
+        """Send, wait, return (header, arrays). Raises LinkError after timeout_s or once it is over,
+        or the error with which the server refused."""
         ...
 
     def wait(self, timeout_s: float) -> bool:
@@ -172,13 +173,17 @@ class RequestClient(Channel):
     """Asks a RequestServer: one request at a time, or several in flight.
 
     The server may restart; requests that it did not answer are then lost and must be sent again.
+    over: whether nobody will answer ever more; then `request` does not wait any longer.
     num_late: replies nobody waited for any more. num_bad: replies that could not be decoded.
     """
 
-    def __init__(self, address: str, types: Types) -> None:
+    def __init__(
+        self, address: str, types: Types, over: Callable[[], bool] = lambda: False
+    ) -> None:
         self._types = (*members_of(types), ErrorReply)
         check_types(self._types)
         super().__init__(open_socket(zmq.DEALER, address, bind=False))
+        self._over = over
         self._ids = itertools.count()
         self._waiting: set[int] = set()
         self._ready: deque[Reply] = deque()
@@ -211,8 +216,8 @@ class RequestClient(Channel):
     def request(
         self, header: msgspec.Struct, arrays: Mapping[str, np.ndarray], timeout_s: float
     ) -> Message:
-        """Send, wait, return (header, arrays). Raises LinkError after timeout_s, or the error
-        with which the server refused."""
+        """Send, wait, return (header, arrays). Raises LinkError after timeout_s or once it is over,
+        or the error with which the server refused."""
         deadline = time.monotonic() + timeout_s
         while (number := self.send(header, arrays)) is None:
             self._wait(deadline, timeout_s, zmq.POLLOUT)
@@ -227,7 +232,11 @@ class RequestClient(Channel):
 
     def _wait(self, deadline: float, timeout_s: float, events: int) -> None:
         remaining_s = deadline - time.monotonic()
-        if not self.wait(remaining_s, events) and remaining_s <= 0:
+        if self.wait(min(remaining_s, _GLANCE_S), events):
+            return
+        if self._over():
+            raise LinkError(f"no answer from {self.address}, and none will come: it has ended")
+        if remaining_s <= 0:
             raise LinkError(
                 f"no answer from {self.address} in {timeout_s:g} s; is its process running?"
             )

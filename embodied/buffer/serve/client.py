@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
@@ -32,6 +32,7 @@ _WINDOW = 4
 _POLL_S = 0.02
 _SOFT_BATCH_BYTES = 8 << 20
 _LINK_SILENCE_S = 60.0
+_LAST_S = 0.5
 # A lost predecessor and a full disk pass; any other refusal would come again.
 _TRANSIENT = ("StepOrderError", "StorageFullError")
 
@@ -62,6 +63,7 @@ class BufferClient:
     nobody can, it is when none comes for resend_s, or for longer where answers take longer.
     service: its address inside this host, or requests (of types REPLIES) over a link.
     It works while one of its methods is called: call flush at the end of an episode.
+    over: whether the service has gone for good; no method then waits longer than a moment.
     last_error: the latest refusal that will be tried again (full disk).
     """
 
@@ -75,6 +77,7 @@ class BufferClient:
         block_s: float = 10.0,
         resend_s: float = 2.0,
         codecs: Mapping[str, str] | None = None,
+        over: Callable[[], bool] = lambda: False,
     ) -> None:
         if not 1 <= batch_steps <= MAX_BATCH_STEPS or max_pending < 1:
             raise ConfigError(
@@ -83,13 +86,15 @@ class BufferClient:
             )
         self._codecs = Codecs(dict(codecs or {}))
         self._client: Requests = (
-            RequestClient(service, REPLIES) if isinstance(service, str) else service
+            RequestClient(service, REPLIES, over) if isinstance(service, str) else service
         )
         self._stream = stream
         self._batch_steps = batch_steps
         self._max_pending = max_pending
         self._block_s = block_s
         self._resend_s = resend_s
+        self._over = over
+        self._over_until_s: float | None = None
         self._patience = Patience(resend_s)
         self._heard_s = time.monotonic()
         self._queue: deque[_Batch] = deque()
@@ -240,6 +245,10 @@ class BufferClient:
 
     def _wait(self, deadline: float, timeout_s: float) -> None:
         """Wait for the service to say something, and take it in."""
+        if self._over_until_s is None and self._over():
+            self._over_until_s = time.monotonic() + _LAST_S
+        if self._over_until_s is not None:
+            deadline = min(deadline, self._over_until_s)
         remaining_s = deadline - time.monotonic()
         if remaining_s > 0:
             self._client.wait(min(remaining_s, _POLL_S))
@@ -247,9 +256,11 @@ class BufferClient:
             return
         if self.last_error is not None:
             raise self.last_error
+        why = f"within {timeout_s:g} s; they are kept. Is the buffer service running?"
+        if self._over_until_s is not None:
+            why = "before it ended"
         raise LinkError(
-            f"{self.unacknowledged} steps were not acknowledged by {self._client.address} within "
-            f"{timeout_s:g} s; they are kept. Is the buffer service running?"
+            f"{self.unacknowledged} steps were not acknowledged by {self._client.address} {why}"
         )
 
     def flush(self, timeout_s: float = 10.0) -> None:

@@ -4,7 +4,6 @@ import time
 from typing import Any
 
 from embodied.buffer.serve.client import BufferClient
-from embodied.core.errors import LinkError
 from embodied.run import build
 from embodied.run.context import Context
 from embodied.run.site.config import read_site
@@ -15,7 +14,6 @@ from embodied.weights.store import WeightStore
 _POLL_S = 0.2
 _REPORT_S = 2.0
 _IDLE_S = 0.05
-_FLUSH_S, _ORPHAN_FLUSH_S = 10.0, 0.5
 
 
 def actor_role(context: Context) -> None:
@@ -32,7 +30,12 @@ def actor_role(context: Context) -> None:
         run.metrics(context.role, result_row(result))
 
     codecs = config.buffer.codecs
-    with BufferClient(address(context.socket_dir, "buffer"), context.role, codecs=codecs) as sink:
+    with BufferClient(
+        address(context.socket_dir, "buffer"),
+        context.role,
+        codecs=codecs,
+        over=lambda: context.orphaned,  # the buffer's service ends with the supervisor
+    ) as sink:
         actor = Actor(
             config,
             context.index,
@@ -52,23 +55,9 @@ def actor_role(context: Context) -> None:
             _act(context, actor, sink, results)
         finally:
             try:
-                _flush(context, sink)
+                sink.flush()
             finally:
                 actor.close()
-
-
-def _flush(context: Context, sink: BufferClient) -> None:
-    """Until all steps are durable, or LinkError. The buffer's service ends with the supervisor:
-    once that is gone, nothing is waited for."""
-    until_s = time.monotonic() + _FLUSH_S
-    while True:
-        try:
-            sink.flush(timeout_s=_ORPHAN_FLUSH_S)
-        except LinkError:
-            if context.orphaned or time.monotonic() > until_s:
-                raise
-        else:
-            return
 
 
 def _act(context: Context, actor: Any, sink: BufferClient, results: list[Any]) -> None:
@@ -102,7 +91,7 @@ def _act(context: Context, actor: Any, sink: BufferClient, results: list[Any]) -
         if len(actor.latencies_s) > decisions and actor.published_ns:
             ages_s.append((time.monotonic_ns() - actor.published_ns) / 1e9)
         if actor.idle:
-            _flush(context, sink)
+            sink.flush()
             context.check()
             time.sleep(_IDLE_S)
         elapsed_s = time.monotonic() - started_s

@@ -290,3 +290,20 @@ def test_local_buffer_is_the_same_sink(tmp_path, make_episode):
             sink.flush()
             assert (sink.next_episode(), sink.next_episode("c")) == (1, 0)
             assert (sink.counts().steps, sink.counts().episodes) == (7, 2)
+
+
+def test_nobody_waits_for_a_service_that_has_ended_for_good(tmp_path, make_episode):
+    address, gone = f"ipc://{tmp_path}/s", threading.Event()
+    with BufferClient(address, "a", max_pending=20, block_s=60, over=gone.is_set) as client:
+        *steps, last = make_episode("a", 0, 20)
+        for step in steps:
+            client.add(step)
+        threading.Timer(0.3, gone.set).start()
+        started_s = time.monotonic()
+        with pytest.raises(LinkError, match="has ended"):
+            client.next_episode(timeout_s=60)
+        with pytest.raises(LinkError, match="20 steps were not acknowledged .* before it ended"):
+            client.add(last)
+        with pytest.raises(LinkError, match="before it ended"):
+            client.flush(timeout_s=60)
+        assert time.monotonic() - started_s < 20
