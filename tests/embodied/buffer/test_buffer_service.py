@@ -302,7 +302,7 @@ def test_nobody_waits_for_a_service_that_has_ended_for_good(tmp_path, make_episo
         started_s = time.monotonic()
         with pytest.raises(LinkError, match="has ended"):
             client.next_episode(timeout_s=60)
-        with pytest.raises(LinkError, match="20 steps were not acknowledged .* before it ended"):
+        with pytest.raises(LinkError, match=r"20 steps were not acknowledged .* before it ended"):
             client.add(last)
         with pytest.raises(LinkError, match="before it ended"):
             client.flush(timeout_s=60)
