@@ -228,7 +228,8 @@ def test_roles_end_when_the_supervisor_is_killed(tmp_path):
     wait_for(gone)
 
 
-def test_a_run_in_use_is_refused(tmp_path):
+def test_a_run_in_use_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
     run = RunDir(tmp_path / "run")
     run.acquire()
     status, output = finish(start(run.path))
