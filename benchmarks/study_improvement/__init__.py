@@ -1,0 +1,1 @@
+"""Contenders that go on from noisy demonstrations by acting themselves."""

@@ -1,0 +1,121 @@
+"""From noisy demonstrations to success by acting: PA-RL beside what could do it without.
+
+    OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.study_improvement --jobs 2
+
+Sparse reward, one robot, one critic step for each of its steps. Noise and horizon of
+the demonstrations were fixed by benchmarks/study_improvement/screening.py on other seeds; start
+states are the same for every contender, fresh, and seen by no search. The command goes on where an
+earlier one ended, and prints the tables of what is there; --tasks, --contenders and --seeds choose.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import chain
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.study_improvement.cells import CONTENDERS, SETTINGS, Cell
+from benchmarks.study_improvement.judging import Judged
+from embodied.core.intervals import paired_bootstrap, wilson
+
+STATES = range(100)
+BASIS = "PA-RL"
+
+
+def work(cell: Cell) -> tuple[Cell, Judged, float]:
+    """Train it and judge it; also the seconds that took now."""
+    started_s = time.monotonic()
+    cell.train()
+    return cell, cell.judged(STATES), time.monotonic() - started_s
+
+
+def main() -> None:
+    """Do what is missing, then print the tables in Markdown."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tasks", default=",".join(SETTINGS), help="comma-separated")
+    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="comma-separated")
+    parser.add_argument("--seeds", default="1,2,3", help="comma-separated")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--root", type=Path, default=Path("runs/study_improvement"))
+    options = parser.parse_args()
+    tasks, contenders = options.tasks.split(","), options.contenders.split(",")
+    if unknown := {*tasks} - {*SETTINGS} | {*contenders} - {*CONTENDERS}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    cells = [
+        Cell(options.root, task, SETTINGS[task], contender, int(seed))
+        for seed in options.seeds.split(",")
+        for task in tasks
+        for contender in contenders
+    ]
+    outcomes: dict[Cell, Judged] = {}
+    trained = [cell for cell in cells if not CONTENDERS[cell.contender].averaged]
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for done in chain(_done(pool, trained), _done(pool, [*{*cells} - {*trained}])):
+            cell, judged, seconds = done
+            outcomes[cell] = judged
+            print(
+                f"{cell.task}, {cell.contender}, seed {cell.seed}: {sum(judged.success)} of "
+                f"{len(judged.success)}, {np.mean(judged.ticks):.0f} ticks, after {judged.steps} "
+                f"steps; {seconds:.0f} s",
+                flush=True,
+            )
+    found = {
+        (task, contender): [
+            outcomes[cell] for cell in cells if (cell.task, cell.contender) == (task, contender)
+        ]
+        for task in tasks
+        for contender in contenders
+    }
+    report(found, tasks, contenders)
+
+
+def _done(pool: ProcessPoolExecutor, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Judged, float]]:
+    """As they are ready."""
+    for done in as_completed([pool.submit(work, cell) for cell in cells]):
+        yield done.result()
+
+
+def report(
+    found: dict[tuple[str, str], list[Judged]], tasks: Sequence[str], contenders: Sequence[str]
+) -> None:
+    """Success, length of episodes, and PA-RL's lead."""
+    print("\n| task | demonstrations' ticks |" + "".join(f" {c} |" for c in contenders))
+    print("|" + "---|" * (len(contenders) + 2))
+    for task in tasks:
+        shown = [found[task, contender] for contender in contenders]
+        length = np.mean([judged.demonstrated for group in shown for judged in group])
+        print(f"| {task} | {length:.0f} | " + " | ".join(map(said, shown)) + " |")
+    print("\nSuccess with its 95 % interval, mean ticks of all episodes, and success by seed.")
+    for contender in contenders:
+        if BASIS not in contenders or contender == BASIS:
+            continue
+        leads = [
+            np.concatenate([one.success for task in tasks for one in found[task, name]])
+            for name in (BASIS, contender)
+        ]
+        mean, low, high = paired_bootstrap(list(leads[0]), list(leads[1]))
+        print(
+            f"{BASIS} − {contender}: {100 * mean:+.1f} points "
+            f"(95 % {100 * low:+.1f} to {100 * high:+.1f})"
+        )
+
+
+def said(group: Sequence[Judged]) -> str:
+    """A cell of the table: all seeds together, then each."""
+    outcomes = np.concatenate([judged.success for judged in group])
+    low, high = wilson(int(outcomes.sum()), len(outcomes))
+    each = ", ".join(str(sum(judged.success)) for judged in group)
+    ticks = np.mean([judged.ticks for judged in group])
+    return (
+        f"{100 * outcomes.mean():.1f} % ({100 * low:.0f}–{100 * high:.0f}), {ticks:.0f}; [{each}]"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""One contender on one task from one seed: what is trained, and how it is judged."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.study_improvement.judging import Judged, judge
+from embodied.core.rundir import RunDir
+
+TICKS_PER_ROUND = 100
+CLONING, OFFLINE = 2000, 1000
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Demonstrations of a task, and how long the policy may act.
+
+    noise: of the expert's actions. horizon: ticks of an episode at most. budget: robot steps.
+    """
+
+    noise: float
+    horizon: int
+    budget: int
+
+
+SETTINGS = {
+    "drawer-open": Setting(1.0, 150, 10_000),
+}
+"""From screening.py."""
+
+SIMILAR = [
+    "run.mode=lockstep",
+    "actors.count=1",
+    "actors.rows=1",
+    "actors.speed=0",
+    f"actors.ticks_per_round={TICKS_PER_ROUND}",
+    f"learner.steps_per_round={TICKS_PER_ROUND}",
+    "learner.batch_size=128",
+    "learner.publish_every=500",
+    "evaluation.episodes=0",
+    "evaluation.final_episodes=0",
+    "evaluation.videos=0",
+    "demonstrations.episodes=20",
+]
+FLOW = [
+    "policy=flow",
+    "policy.n_obs_steps=1",
+    "policy.horizon=8",
+    "policy.n_action_steps=4",
+    "policy.num_steps=4",
+    "policy.network.width=256",
+    "policy.network.depth=2",
+]
+CRITIC = [
+    "algorithm.critic.members=2",
+    "algorithm.critic.width=128",
+    "algorithm.critic.depth=2",
+]
+PARL = [
+    "algorithm=parl",
+    f"algorithm.cloning_steps={CLONING}",
+    f"algorithm.offline_steps={OFFLINE}",
+    *CRITIC,
+    "algorithm.distil_learning_rate=5.0e-5",
+    "algorithm.improvement.proposals=8",
+    "algorithm.improvement.kept=8",
+]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """overrides: of the run. before: gradient steps until it acts. averaged: of how many of its
+    clone's samples the mean acts; such a one is not trained, its clone is."""
+
+    overrides: tuple[str, ...]
+    before: int = 0
+    acts: bool = True
+    averaged: int = 0
+
+
+CONTENDERS = {
+    "clone": Contender((*FLOW, "algorithm=bc"), CLONING, acts=False),
+    "mean of 16": Contender((), averaged=16),
+    "filtered BC": Contender((*FLOW, "algorithm=filtered_bc")),
+    "PA-RL": Contender((*FLOW, *PARL, "algorithm.improvement.steps=0"), CLONING + OFFLINE),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """root: of the whole study."""
+
+    root: Path
+    task: str
+    setting: Setting
+    contender: str
+    seed: int
+
+    @property
+    def run(self) -> RunDir:
+        """The run that is judged."""
+        name = "clone" if CONTENDERS[self.contender].averaged else self.contender
+        folder = f"{self.task}-{name.replace(' ', '_')}-{self.seed}"
+        return RunDir(self.root / folder)
+
+    def judged(self, seeds: range) -> Judged:
+        """How it acts from these start states."""
+        kept = self.run.path / f"{self.contender.replace(' ', '_')}-{seeds.start}-{len(seeds)}.json"
+        return judge(self.run, kept, seeds, CONTENDERS[self.contender].averaged)
+
+    def train(self) -> None:
+        """Train to the end of the budget, from where an earlier attempt stopped."""
+        contender = CONTENDERS[self.contender]
+        if contender.averaged:
+            Cell(self.root, self.task, self.setting, "clone", self.seed).train()
+            return
+        steps = contender.before + (self.setting.budget if contender.acts else 0)
+        newest = [row["step"] for row in self.run.read("timings", "learner") if "step" in row]
+        if newest and newest[-1] >= steps:
+            return
+        call(
+            "train",
+            f"task=metaworld/{self.task}",
+            f"seed={self.seed}",
+            f"sim.horizon={self.setting.horizon}",
+            f"demonstrations.noise={self.setting.noise}",
+            *SIMILAR,
+            *contender.overrides,
+            f"learner.steps={steps}",
+            f"run.dir={self.run.path}",
+            f"run.resume={str(self.run.exists()).lower()}",
+        )
+
+
+def call(command: str, *overrides: str) -> None:
+    """An `embodied` command; SystemExit with what it said if it fails."""
+    line = [sys.executable, "-m", "embodied.cli.main", command, *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(line)}\n{done.stdout}\n{done.stderr}")
