@@ -50,8 +50,8 @@ FLOW = [
     "policy.horizon=8",
     "policy.n_action_steps=4",
     "policy.num_steps=4",
-    "policy.network.width=256",
-    "policy.network.depth=2",
+    "+policy.network.width=256",
+    "+policy.network.depth=2",
 ]
 CRITIC = [
     "algorithm.critic.members=2",
