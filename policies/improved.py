@@ -123,20 +123,17 @@ class ImprovedPolicy(nn.Module):
     def optimised(
         self,
         obs: Mapping[str, Any],
+        pool_BnHD: torch.Tensor,
         *,
         seed: int,
         temperature: float | None,
         data_BHD: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Chunks [B, H, D] float32 to learn from, or to judge: as `sample` with n = 1, but chosen
-        at this temperature, and among them recorded ones (see `improve`). Other keys of obs, such
-        as of a batch, are left alone."""
-        obs = {key: obs[key] for key in self.spec.observation}
-        count = self.config.improvement.proposals
-        drawn = self.policy.sample(obs, count, seed=derive_seed(seed, "proposals"))
+        """Chunks [B, H, D] float32 to learn from, or to judge, out of proposals of the policy:
+        chosen at this temperature, and among them recorded ones (see `improve`)."""
         options = msgspec.structs.replace(self.config.improvement, temperature=temperature)
         cond_BC = self._encode(obs)
-        return self._chosen(cond_BC, drawn, 0, _generator(seed), options, data_BHD)
+        return self._chosen(cond_BC, pool_BnHD, 0, _generator(seed), options, data_BHD)
 
     def loss(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, float]]:
         """The policy's."""

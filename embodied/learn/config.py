@@ -108,10 +108,13 @@ class ActorCriticConfig(BCConfig, frozen=True, forbid_unknown_fields=True, kw_on
 class PARLConfig(ActorCriticConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Options of policy-agnostic reinforcement learning.
 
-    improvement: options of ImprovementConfig. distil_learning_rate; distil_temperature: see
-    ImprovementConfig. distil_data: whether the recorded action is among the candidates.
+    improvement: options of ImprovementConfig. proposals_age: for how many gradient steps what the
+    policy proposed for an observation is used again in backups and distillation; 0 draws each time.
+    distil_learning_rate; distil_temperature: see ImprovementConfig. distil_data: whether the
+    recorded action is among the candidates.
     """
 
+    proposals_age: Count = 0
     improvement: dict[str, Any] = msgspec.field(default_factory=lambda: {})
     distil_learning_rate: Rate = 1e-4
     distil_temperature: Rate | None = 1.0

@@ -76,9 +76,11 @@ def test_the_policy_is_cloned_then_stays_then_both_learn():
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("age", [0, 3])
 @pytest.mark.parametrize("cut", [2, 5, 8])
-def test_what_was_saved_in_any_phase_goes_on_bit_for_bit(tmp_path, cut, precision):
-    form, config = make_format(), msgspec.structs.replace(LEARNER, precision=precision)
+def test_what_was_saved_in_any_phase_goes_on_bit_for_bit(tmp_path, cut, precision, age):
+    form = make_format(msgspec.structs.replace(PHASES, proposals_age=age))
+    config = msgspec.structs.replace(LEARNER, precision=precision)
     assert_goes_on(form, config, cut, tmp_path / "c.safetensors")
 
 
@@ -250,7 +252,12 @@ def test_a_distilled_policy_follows_the_exponential_tilt(name):
         Parabola(base.spec, centre, scale),  # type: ignore[arg-type]
     )
     pool = np.concatenate(
-        [policy.optimised(obs, seed=seed, temperature=1.0).numpy().ravel() for seed in range(16)]
+        [
+            policy.optimised(obs, base.sample(obs, 64, seed=seed), seed=seed, temperature=1.0)
+            .numpy()
+            .ravel()
+            for seed in range(16)
+        ]
     )
     precision = 1 / sigma**2 + 1 / scale**2
     expected = (mean / sigma**2 + centre / scale**2) / precision, math.sqrt(1 / precision)
