@@ -17,16 +17,18 @@ CLONING, OFFLINE = 2000, 1000
 class Setting:
     """Demonstrations of a task, and how long the policy may act.
 
-    noise: of the expert's actions. horizon: ticks of an episode at most. budget: robot steps.
+    episodes: of the demonstrations, all successful. noise: of the expert's actions. horizon: ticks
+    of an episode at most. budget: robot steps.
     """
 
+    episodes: int
     noise: float
     horizon: int
     budget: int
 
 
 SETTINGS = {
-    "drawer-open": Setting(1.0, 150, 10_000),
+    "drawer-open": Setting(20, 1.0, 150, 10_000),
 }
 """From screening.py."""
 
@@ -42,7 +44,6 @@ SIMILAR = [
     "evaluation.episodes=0",
     "evaluation.final_episodes=0",
     "evaluation.videos=0",
-    "demonstrations.episodes=20",
 ]
 FLOW = [
     "policy=flow",
@@ -125,6 +126,7 @@ class Cell:
             f"task=metaworld/{self.task}",
             f"seed={self.seed}",
             f"sim.horizon={self.setting.horizon}",
+            f"demonstrations.episodes={self.setting.episodes}",
             f"demonstrations.noise={self.setting.noise}",
             *SIMILAR,
             *contender.overrides,

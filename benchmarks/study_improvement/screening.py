@@ -22,10 +22,10 @@ def screen(cell: Cell) -> str:
     try:
         cell.train()
     except SystemExit as error:  # demonstrations that are not to be had, above all
-        return f"| {cell.task} | {cell.setting.noise} | {cell.setting.horizon} | {error} |"
+        return f"| {cell.task} | {cell.setting.episodes} | {cell.setting.noise} | {cell.setting.horizon} | {error} |"
     judged = cell.judged(STATES)
     return (
-        f"| {cell.task} | {cell.setting.noise} | {cell.setting.horizon} | "
+        f"| {cell.task} | {cell.setting.episodes} | {cell.setting.noise} | {cell.setting.horizon} | "
         f"{100 * np.mean(judged.success):.0f} % | {np.mean(judged.ticks):.0f} | "
         f"{judged.demonstrated:.0f} |"
     )
@@ -37,6 +37,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tasks", required=True, help="comma-separated")
+    parser.add_argument("--episodes", default="20", help="comma-separated")
     parser.add_argument("--noises", required=True, help="comma-separated")
     parser.add_argument("--horizons", required=True, help="comma-separated, in ticks")
     parser.add_argument("--jobs", type=int, default=1)
@@ -44,15 +45,22 @@ def main() -> None:
     options = parser.parse_args()
     tried = itertools.product(
         options.tasks.split(","),
+        map(int, options.episodes.split(",")),
         map(float, options.noises.split(",")),
         map(int, options.horizons.split(",")),
     )
     cells = [
-        Cell(options.output / f"{noise}-{horizon}", task, Setting(noise, horizon, 0), "clone", SEED)
-        for task, noise, horizon in tried
+        Cell(
+            options.output / f"{episodes}-{noise}-{horizon}",
+            task,
+            Setting(episodes, noise, horizon, 0),
+            "clone",
+            SEED,
+        )
+        for task, episodes, noise, horizon in tried
     ]
-    print("| task | noise | horizon | clone | its ticks | demonstrations' ticks |")
-    print("|---|---|---|---|---|---|", flush=True)
+    print("| task | demonstrations | noise | horizon | clone | its ticks | demonstrations' ticks |")
+    print("|---|---|---|---|---|---|---|", flush=True)
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         for line in pool.map(screen, cells):
             print(line, flush=True)
