@@ -19,14 +19,15 @@ STATES = range(100_000, 100_040)
 
 def screen(cell: Cell) -> str:
     """Clone, and say how it does."""
+    setting = cell.setting
+    tried = f"| {cell.task} | {setting.episodes} | {setting.noise} | {setting.horizon} |"
     try:
         cell.train()
     except SystemExit as error:  # demonstrations that are not to be had, above all
-        return f"| {cell.task} | {cell.setting.episodes} | {cell.setting.noise} | {cell.setting.horizon} | {error} |"
+        return f"{tried} {error} |"
     judged = cell.judged(STATES)
     return (
-        f"| {cell.task} | {cell.setting.episodes} | {cell.setting.noise} | {cell.setting.horizon} | "
-        f"{100 * np.mean(judged.success):.0f} % | {np.mean(judged.ticks):.0f} | "
+        f"{tried} {100 * np.mean(judged.success):.0f} % | {np.mean(judged.ticks):.0f} | "
         f"{judged.demonstrated:.0f} |"
     )
 
