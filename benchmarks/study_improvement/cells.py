@@ -10,14 +10,14 @@ from benchmarks.study_improvement.judging import Judged, judge
 from embodied.core.rundir import RunDir
 
 TICKS_PER_ROUND = 100
-CLONING, OFFLINE = 2000, 1000
+CLONING, OFFLINE = 2000, 3000
 
 
 @dataclass(frozen=True)
 class Setting:
     """Demonstrations of a task, and how long the policy may act.
 
-    episodes: of the demonstrations, all successful. noise: of the expert's actions. horizon: ticks
+    episodes: of the demonstrations, successful or not. noise: of the expert's actions. horizon: ticks
     of an episode at most. budget: robot steps.
     """
 
@@ -44,6 +44,7 @@ SIMILAR = [
     "evaluation.episodes=0",
     "evaluation.final_episodes=0",
     "evaluation.videos=0",
+    "algorithm.only_successful=false",
 ]
 FLOW = [
     "policy=flow",

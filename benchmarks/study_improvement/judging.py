@@ -24,7 +24,7 @@ ROWS = 5
 
 class Judged(msgspec.Struct, frozen=True):
     """success, ticks: of every episode, in the order of the start states. steps: how many the
-    policy had acted; demonstrated: mean ticks of the demonstrations that succeeded."""
+    policy had acted; demonstrated: mean ticks of the demonstrations."""
 
     success: list[bool]
     ticks: list[int]
@@ -76,7 +76,7 @@ def judge(run: RunDir, kept: Path, seeds: range, averaged: int = 0) -> Judged:
     finally:
         evaluator.close()
     episodes = run.read("metrics", "actor0")
-    demonstrated = [row["ticks"] for row in episodes if row["demonstration"] and row["success"]]
+    demonstrated = [row["ticks"] for row in episodes if row["demonstration"]]
     judged = Judged(
         success=[result.success for result in results],
         ticks=[result.ticks for result in results],
