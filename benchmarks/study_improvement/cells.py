@@ -17,8 +17,8 @@ CLONING, OFFLINE = 2000, 3000
 class Setting:
     """Demonstrations of a task, and how long the policy may act.
 
-    episodes: of the demonstrations, successful or not. noise: of the expert's actions. horizon: ticks
-    of an episode at most. budget: robot steps.
+    episodes: of the demonstrations, successful or not. noise: of the expert's actions. horizon:
+    ticks of an episode at most. budget: robot steps.
     """
 
     episodes: int
