@@ -1,12 +1,13 @@
 """What a critic's last layer means: values, and how they are learned. K outputs, K bins."""
 
-import math
 from abc import ABC, abstractmethod
 
 import torch
 from torch import nn
 
 from policies.critics.configs import HLGaussConfig, ScalarConfig
+
+_START = 0.05
 
 
 class ValueHead(nn.Module, ABC):
@@ -81,9 +82,10 @@ class HLGauss(ValueHead):
         self.register_buffer("centres_K", ((edges[1:] + edges[:-1]) / 2).float(), persistent=False)
 
     def start(self) -> torch.Tensor:
-        """See ValueHead: at the low end, so that nothing is thought good before it is known; half
-        as much in each bin as in the one below."""
-        return -math.log(2) * torch.arange(self.outputs)
+        """See ValueHead: near the low end, so that nothing is thought good before it is known. The
+        shares fall exponentially, with a mean of a twentieth of the range: a steeper fall would
+        have to be unlearned for long."""
+        return -torch.arange(self.outputs) / (_START * self.outputs)
 
     def value(self, logits: torch.Tensor) -> torch.Tensor:
         """See ValueHead: the histogram's mean, Σ p·centre."""
