@@ -17,7 +17,7 @@ CLONING, OFFLINE = 2000, 3000
 class Setting:
     """Demonstrations of a task, and how long the policy may act.
 
-    episodes: of the demonstrations, successful or not. noise: of the expert's actions. horizon:
+    episodes: of the demonstrations, all successful. noise: of the expert's actions. horizon:
     ticks of an episode at most. budget: robot steps.
     """
 
@@ -44,7 +44,6 @@ SIMILAR = [
     "evaluation.episodes=0",
     "evaluation.final_episodes=0",
     "evaluation.videos=0",
-    "algorithm.only_successful=false",
 ]
 FLOW = [
     "policy=flow",
