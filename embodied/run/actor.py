@@ -26,6 +26,7 @@ from embodied.run.rollout import Result, Rollout, Start
 from embodied.weights.store import WeightManifest, WeightStore, WeightWatcher
 from embodied.weights.trial import Trial
 from hal.group import DeviceGroup
+from hal.rewards import make_rewards
 from sim import family
 
 _ATTEMPTS_PER_DEMONSTRATION = 5
@@ -248,6 +249,7 @@ class Actor:
             experts=[self._family.make_expert(self._task, group.spec) for _ in group.devices],
             on_step=lambda row, step: self._recorders[row].add(step),
             goals=self._goals if self._config.actors.devices is None else None,
+            rewards=make_rewards(self._config.reward, group.spec, len(group)),
         )
         if self._decides is not None:
             self._act(rollout, self._decides)
