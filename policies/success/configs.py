@@ -1,6 +1,5 @@
 """Options and file of a success classifier; reading them does not load torch."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -87,12 +86,20 @@ def read_classifier(directory: Path) -> tuple[StoredClassifier, dict[str, np.nda
         )
     arrays, data = read_tensors(path)
     try:
+        return decode_header(data), arrays
+    except CorruptDataError as error:
+        raise CorruptDataError(f"{path}: {error}") from error
+
+
+def decode_header(data: bytes) -> StoredClassifier:
+    """The header of a classifier's file; CorruptDataError for one of another format or size."""
+    try:
         header = msgspec.json.decode(data, type=StoredClassifier)
-    except (msgspec.ValidationError, msgspec.DecodeError, SpecError, ConfigError) as error:
-        raise CorruptDataError(f"{path} cannot be read: {error}") from error
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise CorruptDataError(f"its header cannot be read: {error}") from error
     if header.format != FORMAT:
-        raise CorruptDataError(f"{path} has format {header.format}; {FORMAT} is right")
-    sizes = [math.prod(a.shape) * header.spec.n_obs_steps for a in header.spec.observation.values()]
+        raise CorruptDataError(f"its format is {header.format}; {FORMAT} is right")
+    sizes = [array.size * header.spec.n_obs_steps for array in header.spec.observation.values()]
     if max(sizes, default=0) > MAX_ELEMENTS:
-        raise CorruptDataError(f"{path} reads {max(sizes)} numbers at a time; that is too many")
-    return header, arrays
+        raise CorruptDataError(f"it reads {max(sizes)} numbers at a time; that is too many")
+    return header

@@ -46,7 +46,7 @@ def read_hand_labels(path: Path) -> dict[tuple[str, int], HandLabel]:
         labels = msgspec.json.decode(path.read_bytes(), type=list[HandLabel])
     except FileNotFoundError:
         raise ConfigError(f"labels={path} does not exist") from None
-    except (msgspec.ValidationError, msgspec.DecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"labels={path} cannot be read ({error}); a list of "
             '{"stream": "…", "episode": 0, "successes": [[40, 52]]} is right'
