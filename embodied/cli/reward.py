@@ -49,8 +49,8 @@ def run(options: argparse.Namespace) -> int:
             "no failed episode was among them: it has seen no state that only fails reach"
         )
     console.print(
-        f"threshold {report.threshold:.4f}: at most {config.false_positives:.2%} of the negative "
-        "observations by which it was chosen are called success"
+        f"threshold {report.threshold:.4f}: calls at most {config.false_positives:.2%} of "
+        f"{report.negatives} negative observations success"
     )
     console.print(f"held out: {_counted(report.episodes)}")
     _show(console, report)
@@ -76,6 +76,8 @@ def _show(console: Console, report: Any) -> None:
     table.add_row("successful", str(ends.in_time), str(ends.early), str(ends.missed))
     table.add_row("failed", "", str(ends.accepted), str(ends.refused))
     console.print(table)
+    if ends.early:
+        console.print(f"early ones by {ends.early_by:.1f} observations on average")
     failed = report.episodes[1]
     if failed:
         low, high = wilson(ends.accepted, failed)

@@ -42,8 +42,9 @@ class Confusion:
 class Verdicts:
     """How episodes would have ended, had the classifier judged them.
 
-    in_time: successful ones judged so at a labelled observation. early: before one. missed: not
-    within the recording. refused, accepted: failed ones that would not, or would, have succeeded.
+    in_time: successful ones judged so at a labelled observation. early: before the first one, on
+    average by early_by observations. missed: not within the recording. refused, accepted: failed
+    ones that would not, or would, have succeeded.
     """
 
     in_time: int
@@ -51,6 +52,7 @@ class Verdicts:
     missed: int
     refused: int
     accepted: int
+    early_by: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,8 @@ def ends_at(probability: np.ndarray, threshold: float, patience: int) -> int | N
 
 def verdicts(episodes: Sequence[Scored], threshold: float, patience: int) -> Verdicts:
     """Of all episodes."""
-    counts = dict.fromkeys(Verdicts.__slots__, 0)
+    counts = dict.fromkeys(("in_time", "early", "missed", "refused", "accepted"), 0)
+    too_soon: list[int] = []
     for episode in episodes:
         end = ends_at(episode.probability, threshold, patience)
         if not episode.positive.any():
@@ -91,8 +94,10 @@ def verdicts(episodes: Sequence[Scored], threshold: float, patience: int) -> Ver
         elif end is None:
             counts["missed"] += 1
         else:
-            counts["in_time" if end >= episode.positive.argmax() else "early"] += 1
-    return Verdicts(**counts)
+            first = int(episode.positive.argmax())
+            counts["early" if end < first else "in_time"] += 1
+            too_soon += [first - end] if end < first else []
+    return Verdicts(**counts, early_by=float(np.mean(too_soon)) if too_soon else 0.0)
 
 
 def choose_threshold(episodes: Sequence[Scored], false_positives: float) -> float:

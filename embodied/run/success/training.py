@@ -78,6 +78,8 @@ class Report:
     """What was found on episodes that nothing was learned from or chosen by.
 
     episodes: successful and failed. trained_on: likewise, of those that the network learned from.
+    negatives: negative observations by which the threshold was chosen. The last three are None
+    where nothing was trained.
     """
 
     threshold: float
@@ -86,6 +88,7 @@ class Report:
     verdicts: Verdicts
     episodes: tuple[int, int]
     trained_on: tuple[int, int] | None = None
+    negatives: int | None = None
     loss: float | None = None
 
 
@@ -149,6 +152,7 @@ def train(config: RewardTrainConfig, on_step: Callable[[], None] = lambda: None)
         verdicts(tested, threshold, config.patience),
         _count(held_out),
         _count(learned),
+        sum(int((~episode.positive).sum()) for episode in chosen),
         loss,
     )
 

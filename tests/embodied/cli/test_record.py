@@ -1,6 +1,7 @@
 """Demonstrations and teleoperation on an agent's simulated robot, as a person would call them."""
 
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -142,6 +143,42 @@ def test_a_person_records_anew_judges_and_stops(host, by_hand, tmp_path):
     up, down = (reader.take("observation.state", e.rows)[:, 0] for e in reader.closed_episodes())
     assert up[-1] > up[0] + 0.1 and down[-1] < down[0] - 0.1
     assert all(e.interventions > 5 for e in reader.episodes)
+
+
+def test_a_persons_key_takes_the_place_of_the_tasks_own_judgement(host, by_hand, tmp_path):
+    terminal = by_hand(
+        *("record", "device=sim", f"task={TASK}", "reward=success_key", "teleoperator=keyboard"),
+        *("episodes=2", f"output={tmp_path}"),
+    )
+    for done, (key, said) in enumerate((("\n", ": success"), ("x", ": no success"))):
+        running = re.compile(rf"{done}/2 let go · \d\.[1-9] s")
+        terminal.until(lambda running=running: running.search(terminal.output), "a running episode")
+        terminal.hold("q", 0.4)
+        terminal.keys(key)
+        terminal.wait(said)
+    assert terminal.end() == 0 and terminal.restored
+    reader = episodes(tmp_path)
+    assert [(e.closed, e.success) for e in reader.episodes] == [(True, True), (True, False)]
+    for episode in reader.episodes:
+        ended = reader.take("terminated", episode.rows)
+        assert ended[-1] and not ended[:-1].any(), "neither is where the task ends"
+        assert reader.take("reward", episode.rows).sum() == episode.success
+
+
+@pytest.mark.slow
+def test_a_rule_judges_a_leased_robot(host, tmp_path):
+    host.wait("ready")
+    success = "{key: observation.state, index: 0, low: 0.2}"
+    said = host.run(
+        *BY_SCRIPT,
+        *("reward=rule", f"reward.success=[{success}]", "reward.held_ticks=5"),
+        *("episodes=1", f"output={tmp_path}"),
+    )
+    assert ": success" in said, said
+    reader = episodes(tmp_path)
+    (episode,) = reader.closed_episodes()
+    base = reader.take("observation.state", np.append(episode.rows, episode.final_row))[:, 0]
+    assert (base[-5:] >= 0.2).all() and base[-6] < 0.2, "held for five ticks, then at once"
 
 
 def test_space_halts_the_robot_until_a_person_clears_it(host, by_hand, monkeypatch):

@@ -158,9 +158,10 @@ def test_an_episode_ends_after_patience_in_a_row_the_first_left_out():
 def test_verdicts_on_episodes():
     episodes = [
         scored([0, 0, 1, 1], [0, 0, 1, 1]),  # in time
-        scored([0, 0, 0, 1], [0, 1, 1, 1]),  # early
+        scored([0, 0, 0, 1], [0, 1, 1, 1]),  # early, by 1
+        scored([0, 0, 0, 0, 0, 1], [0, 1, 1, 0, 0, 1]),  # early, by 3
         scored([0, 0, 1, 1], [0, 1, 0, 1]),  # never
         scored([0, 0, 0, 0], [1, 1, 0, 1]),  # refused
         scored([0, 0, 0, 0], [0, 1, 1, 0]),  # accepted
     ]
-    assert verdicts(episodes, 0.5, 2) == Verdicts(1, 1, 1, 1, 1)
+    assert verdicts(episodes, 0.5, 2) == Verdicts(1, 2, 1, 1, 1, 2.0)
