@@ -6,7 +6,8 @@ running episode, so every robot has one of its own.
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import msgspec
 import numpy as np
@@ -37,6 +38,23 @@ def make_rewards(
 ) -> list[Reward] | None:
     """One reward for each of several like devices with nobody beside them; None for the task's."""
     return None if data is None else [make_reward(data, spec, None) for _ in range(rows)]
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A class of rewards that takes its time to be ready, longer than a leased robot waits."""
+
+    def prepare(self) -> None:
+        """Do, once in a process, what can be done without a robot; called on the class."""
+        ...
+
+
+def prepare_reward(data: Mapping[str, Any] | None) -> None:
+    """To be called before a robot is leased for what this reward shall judge, if there is one."""
+    if data is not None:
+        cls, _ = component("rewards", data, "reward")
+        if isinstance(cls, Prepares):
+            cls.prepare()
 
 
 class Condition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -128,7 +146,8 @@ class Reach:
     """Success when a site of the robot is near a point, by forward kinematics."""
 
     class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-        """target (m, in the model's world frame) and radius_m around it. model: an MJCF file."""
+        """target (m, in the model's world frame) and radius_m around it. model: an MJCF file, or
+        the name of one that comes with a driver, such as so101.xml."""
 
         model: str
         target: tuple[float, float, float]
@@ -139,7 +158,8 @@ class Reach:
         low, high = (-1e3, -1e3, -1e3), (1e3, 1e3, 1e3)
         if spec.motion is None:
             raise ConfigError("reward=reach needs a position-controlled device")
-        self._arm = Workspace(WorkspaceConfig(config.model, low, high, site=config.site))
+        model = _model(config.model)
+        self._arm = Workspace(WorkspaceConfig(str(model), low, high, site=config.site))
         self._config = config
         self._measured = spec.motion.measured
 
@@ -154,6 +174,13 @@ class Reach:
     def __call__(self, frame: Frame) -> bool | None:
         """Whether the site is near the target."""
         return True if self.distance_m(frame) <= self._config.radius_m else None
+
+
+def _model(name: str) -> Path:
+    for path in (Path(name), Path(__file__).parent / "drivers" / name):
+        if path.is_file():
+            return path
+    raise ConfigError(f"reward.model: there is no file {name}, and no driver has a model so named")
 
 
 class SuccessKey:

@@ -26,7 +26,7 @@ from embodied.run.rollout import Result, Rollout, Start
 from embodied.weights.store import WeightManifest, WeightStore, WeightWatcher
 from embodied.weights.trial import Trial
 from hal.group import DeviceGroup
-from hal.rewards import make_rewards
+from hal.rewards import make_rewards, prepare_reward
 from sim import family
 
 _ATTEMPTS_PER_DEMONSTRATION = 5
@@ -72,6 +72,7 @@ class Actor:
         rows = config.actors.rows
         self._config = config
         self._streams = streams_of(config, index, host)
+        prepare_reward(config.reward)
         self._algorithm = make_algorithm(config.algorithm)
         self._on_result = on_result
         self._sitting = sitting

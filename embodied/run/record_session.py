@@ -71,6 +71,13 @@ class RecordConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         """Name of the task as it is recorded."""
         return self.robot_task.name if self.robot_task is not None else self.task or ""
 
+    @property
+    def judged_by(self) -> dict[str, Any] | None:
+        """The configured reward; None where a registered task judges by itself."""
+        if self.reward is not None or self.robot_task is None:
+            return self.reward
+        return self.robot_task.reward
+
 
 def finished(path: Path, task: str) -> list[bool]:
     """Success of each finished episode of a task in a buffer folder; reads the whole log."""

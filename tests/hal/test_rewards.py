@@ -1,6 +1,5 @@
 """Rewards without a network: rules on what is sensed, and a person's verdicts."""
 
-import msgspec
 import numpy as np
 import pytest
 
@@ -186,7 +185,15 @@ def test_a_person_says_how_an_episode_ends_and_earlier_keys_do_not_count():
         make_reward({"name": "success_key"}, SPEC, None)
 
 
-def test_reaching_needs_a_device_that_knows_its_pose():
-    data = {"name": "reach", "model": "so101.xml", "target": [0, 0, 0]}
+def test_reaching_is_judged_by_the_place_of_the_tool():
+    found, name = family.find("so101/reach")
+    spec = found.make_driver(name, SimConfig()).spec
+    data = {"name": "reach", "model": "so101.xml", "target": [0.1981, 0.1139, 0.1443]}
+    reward = make_reward({**data, "radius_m": 0.02}, spec, None)
+    reached = np.array([0.5, -0.7, 0.7, 0.4, 0.0, 0.3], np.float32)
+    frames = [Frame(0, {"observation.state": pose}, {}) for pose in (reached, 0 * reached)]
+    assert [reward(frame) for frame in frames] == [True, None]
+    with pytest.raises(ConfigError, match="there is no file nowhere"):
+        make_reward({**data, "model": "nowhere.xml"}, spec, None)
     with pytest.raises(ConfigError, match="position-controlled"):
-        make_reward(data, msgspec.structs.replace(SPEC, motion=None), None)
+        make_reward(data, SPEC, None)

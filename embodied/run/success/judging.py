@@ -1,5 +1,6 @@
 """A learned success classifier as a reward."""
 
+import importlib
 from collections import deque
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,8 +17,8 @@ from policies.success.configs import read_classifier
 class ClassifierReward:
     """Success when the classifier has said so of `patience` observations in a row.
 
-    It computes in the process that acts or records, one observation a tick, and loads torch with
-    the first; whoever only checks a configuration does not.
+    It computes in the process that acts or records, one observation a tick. Being made, as for the
+    check of a configuration, it does not load torch.
     """
 
     class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -26,6 +27,11 @@ class ClassifierReward:
         path: str
         threshold: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
         patience: Annotated[int, msgspec.Meta(ge=1)] | None = None
+
+    @staticmethod
+    def prepare() -> None:
+        """Load torch."""
+        importlib.import_module("policies.success.classifier")
 
     def __init__(self, config: Config, spec: DeviceSpec, operator: Operator | None) -> None:
         """ConfigError or CorruptDataError without a whole classifier at the path, SpecError if the
