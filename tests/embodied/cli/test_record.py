@@ -15,8 +15,11 @@ from terminal import Terminal
 
 from embodied.buffer.read.replay import ReplayReader
 from embodied.cli.main import main
+from embodied.core.frames import Frame
 from embodied.run.record_session import finished
 from hal.remote import RemoteDevice
+from sim import family
+from sim.family import SimConfig
 from sim.so101.virtual import VirtualArm
 
 TASK = "so101/reach"
@@ -179,6 +182,29 @@ def test_a_rule_judges_a_leased_robot(host, tmp_path):
     (episode,) = reader.closed_episodes()
     base = reader.take("observation.state", np.append(episode.rows, episode.final_row))[:, 0]
     assert (base[-5:] >= 0.2).all() and base[-6] < 0.2, "held for five ticks, then at once"
+
+
+@pytest.mark.slow
+def test_a_classifier_judges_a_leased_robot(host, tmp_path):
+    """Learned from the simulator's episodes, of which it takes those with a short horizon for
+    failures; its success is the real one, or nearly."""
+    seen, success, output = (tmp_path / name for name in ("seen", "success", "judged"))
+    for wanted, horizon in ((16, "null"), (1, "25")):
+        options = (f"demonstrations.episodes={wanted}", f"sim.horizon={horizon}", "rows=2")
+        main(["collect", f"task={TASK}", *options, f"output={seen}"])
+    learned = (f"buffer={seen}", f"output={success}", "positives=3", "patience=2", "steps=400")
+    assert main(["reward", "train", *learned, "observations=[observation.state]"]) == 0
+    host.wait("ready")
+    said = host.run(
+        *BY_SCRIPT,
+        *("reward=classifier", f"reward.path={success}", "episodes=2", f"output={output}"),
+    )
+    assert said.count(": success") == 2, said
+    reader = episodes(output)
+    reach = family.find(TASK)[0].make_task("reach", SimConfig()).reward
+    for episode in reader.closed_episodes():
+        pose = reader.take("observation.state", np.array([episode.final_row]))[0]
+        assert reach.distance_m(Frame(0, {"observation.state": pose}, {})) < 0.06
 
 
 def test_space_halts_the_robot_until_a_person_clears_it(host, by_hand, monkeypatch):
