@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -75,10 +75,21 @@ def policy_from_state(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray
     another format, or the arrays are not exactly the policy's in name, shape and dtype, or not
     finite. Shapes are compared before any memory is taken for the model.
     """
-    _check_arrays(arrays, _expected_arrays(config))
-    policy = construct(config)
-    load_arrays(policy, arrays)
-    return policy
+    return restored(lambda: construct(config), arrays)
+
+
+def restored(
+    make: Callable[[], Any], arrays: Mapping[str, np.ndarray], owner: str = "policy"
+) -> Any:
+    """The module that `make` makes, with these arrays in the place of untrained ones.
+
+    CorruptDataError as of `policy_from_state`, before any memory is taken for the module.
+    """
+    _check_arrays(arrays, _expected_arrays(make), owner)
+    with _WithoutInitialisation():
+        module = make()
+    load_arrays(module, arrays)
+    return module
 
 
 def load_arrays(policy: Storable, arrays: Mapping[str, np.ndarray]) -> None:
@@ -144,7 +155,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_model(path: Path, config: dict[str, Any]) -> dict[str, np.ndarray]:
-    expected = _expected_arrays(config)
+    expected = _expected_arrays(lambda: construct(config))
     size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in expected.values())
     data = _read(path, size + HEADER_BYTES_PER_ARRAY * (len(expected) + 1))
     if hashlib.sha256(data).hexdigest() != config.get("model_sha256"):
@@ -179,10 +190,10 @@ class _WithoutInitialisation(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _expected_arrays(config: Mapping[str, Any]) -> Shapes:
-    """Names, shapes and dtypes of the described policy, without memory for its weights."""
-    with torch.device("meta"):
-        return _shapes(construct(config).state_dict())
+def _expected_arrays(make: Callable[[], Any]) -> Shapes:
+    """Names, shapes and dtypes of the module that `make` makes, without memory for its weights."""
+    with torch.device("meta"), _WithoutInitialisation():
+        return _shapes(make().state_dict())
 
 
 def _shapes(state: Mapping[str, torch.Tensor]) -> Shapes:
@@ -192,15 +203,17 @@ def _shapes(state: Mapping[str, torch.Tensor]) -> Shapes:
     }
 
 
-def _check_arrays(arrays: Mapping[str, np.ndarray], expected: Shapes) -> None:
+def _check_arrays(
+    arrays: Mapping[str, np.ndarray], expected: Shapes, owner: str = "policy"
+) -> None:
     if arrays.keys() != expected.keys():
         odd = sorted(arrays.keys() ^ expected.keys())
-        raise CorruptDataError(f"arrays missing or not the policy's: {', '.join(odd[:4])}.")
+        raise CorruptDataError(f"arrays missing or not the {owner}'s: {', '.join(odd[:4])}.")
     for key, (shape, dtype) in expected.items():
         array = arrays[key]
         if array.shape != shape or array.dtype != dtype:
             raise CorruptDataError(
-                f"{key} is {array.dtype} {array.shape}; the policy has {dtype} {shape}."
+                f"{key} is {array.dtype} {array.shape}; the {owner} has {dtype} {shape}."
             )
         if not np.isfinite(array).all():
             raise CorruptDataError(f"{key} holds values that are not finite.")

@@ -19,7 +19,8 @@ from embodied.core.seeds import derive_seed
 from embodied.run import build
 from embodied.run.collect import collect
 from embodied.run.compose import ComposeRun
-from embodied.run.config import CollectConfig, ComposeConfig, TrainConfig, load_train
+from embodied.run.compose_config import ComposeConfig
+from embodied.run.config import CollectConfig, TrainConfig, load_train
 from embodied.run.evaluate import Evaluator
 from policies.checkpoint import MODEL, load_policy
 from policies.compose.build import compose as compose_policies

@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
     from embodied.cli.compose_plots import write_plot
     from embodied.core import config as core_config
     from embodied.run.compose import ComposeRun
-    from embodied.run.config import ComposeConfig
+    from embodied.run.compose_config import ComposeConfig
 
     composed = core_config.compose("compose", options.overrides)
     config = core_config.convert(composed, ComposeConfig)

@@ -28,6 +28,7 @@ _COMMANDS = {
     "teleop": ("teleop", "move a robot by keyboard, gamepad or leader arm"),
     "record": ("record", "record demonstrations by a person on a robot"),
     "buffer": ("buffer", "look into replay buffers; check, join, divide, export and import them"),
+    "reward": ("reward", "learn a success classifier from labelled episodes; test one"),
     "calibrate": ("calibrate", "calibrate an SO-101 arm, follower or leader"),
     "pki": ("pki", "make, renew and revoke the certificates of gateways and robots' hosts"),
     "weights": ("weights", "list a run's weights; pin, roll back, show one; try it on some hosts"),

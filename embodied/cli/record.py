@@ -23,11 +23,13 @@ def run(options: argparse.Namespace) -> int:
     from embodied.run.episode import Result
     from embodied.run.leased import LeasedRobot
     from embodied.run.record_session import RecordConfig, RecordSession
+    from hal.rewards import prepare_reward
     from hal.teleop.keyboard import EVENT_HELP, Keyboard
     from hal.teleop.session import make_session
 
     config = core_config.convert(core_config.compose("record", options.overrides), RecordConfig)
     policy, version = _policy(config)
+    prepare_reward(config.judged_by)
     console = Console(highlight=False, markup=False)
     columns = (
         TextColumn("{task.description}", markup=False),

@@ -142,6 +142,18 @@ class Teleoperator(Protocol):
         ...
 
 
+class Operator(Protocol):
+    """The person beside the robot."""
+
+    def ask(self, text: str) -> None:
+        """Say what to do and return when it is done."""
+        ...
+
+    def events(self) -> list[Event]:
+        """What was signalled since the last call."""
+        ...
+
+
 class Policy(Protocol):
     """Maps observation histories to chunks of actions."""
 

@@ -109,12 +109,12 @@ BUILTIN: dict[str, dict[str, str]] = {
         "motion": "hal.tasks:MotionReset",
         "person": "hal.tasks:PersonReset",
     },
-    "judges": {
-        "reach": "hal.tasks:ReachJudge",
-        "key": "hal.tasks:KeyJudge",
-        "classifier": "hal.tasks:ClassifierJudge",
+    "rewards": {
+        "rule": "hal.rewards:Rule",
+        "reach": "hal.rewards:Reach",
+        "success_key": "hal.rewards:SuccessKey",
+        "classifier": "embodied.run.success.judging:ClassifierReward",
     },
-    "classifiers": {},
     "enumerators": {
         "simulators": "sim.family:enumerate_devices",
         "gpus": "hal.discovery:enumerate_gpus",

@@ -59,6 +59,26 @@ class Task(Protocol):
         ...
 
 
+class Reward(Protocol):
+    """Judges the states of one robot, episode after episode."""
+
+    def begin(self, frame: Frame) -> None:
+        """An episode begins with this frame: forget the one before."""
+        ...
+
+    def __call__(self, frame: Frame) -> bool | None:
+        """Whether the state is a success (True), a failure (False), or neither yet (None); called
+        with each frame after the first, in order."""
+        ...
+
+
+def judged(verdict: bool | None, elapsed_ticks: int, horizon: int) -> Outcome:
+    """What a reward's verdict means: 1 with success, else 0. It ends the episode; without one, the
+    horizon truncates it."""
+    truncated = verdict is None and elapsed_ticks >= horizon
+    return Outcome(float(verdict is True), verdict is not None, truncated, verdict is True)
+
+
 class Expert(Protocol):
     """A scripted supervisor: a feedback law of one device's observation."""
 

@@ -26,6 +26,7 @@ from embodied.run.rollout import Result, Rollout, Start
 from embodied.weights.store import WeightManifest, WeightStore, WeightWatcher
 from embodied.weights.trial import Trial
 from hal.group import DeviceGroup
+from hal.rewards import make_rewards, prepare_reward
 from sim import family
 
 _ATTEMPTS_PER_DEMONSTRATION = 5
@@ -71,6 +72,7 @@ class Actor:
         rows = config.actors.rows
         self._config = config
         self._streams = streams_of(config, index, host)
+        prepare_reward(config.reward)
         self._algorithm = make_algorithm(config.algorithm)
         self._on_result = on_result
         self._sitting = sitting
@@ -248,6 +250,7 @@ class Actor:
             experts=[self._family.make_expert(self._task, group.spec) for _ in group.devices],
             on_step=lambda row, step: self._recorders[row].add(step),
             goals=self._goals if self._config.actors.devices is None else None,
+            rewards=make_rewards(self._config.reward, group.spec, len(group)),
         )
         if self._decides is not None:
             self._act(rollout, self._decides)

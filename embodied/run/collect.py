@@ -8,6 +8,7 @@ from embodied.run.config import CollectConfig
 from embodied.run.record import Recorder
 from embodied.run.rollout import Result, Rollout, Start
 from hal.group import make_group
+from hal.rewards import make_rewards
 from sim import family
 
 _ATTEMPTS_PER_EPISODE = 5
@@ -51,6 +52,7 @@ def collect(
         next_start=next_start,
         experts=experts,
         on_step=lambda row, step: recorders[row].add(step),
+        rewards=make_rewards(config.reward, group.spec, len(group)),
     )
     try:
         while successes < wanted:

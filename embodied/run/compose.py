@@ -20,7 +20,8 @@ from embodied.core.intervals import paired_bootstrap
 from embodied.core.rundir import RunDir
 from embodied.core.seeds import derive_seed, make_rng
 from embodied.run.build import stored_policy, windows_of
-from embodied.run.config import ComposeConfig, TrainConfig
+from embodied.run.compose_config import ComposeConfig
+from embodied.run.config import TrainConfig
 from embodied.run.episode import Result
 from embodied.run.evaluate import Evaluator, summarise
 from embodied.run.observing import check_robot

@@ -1,5 +1,6 @@
 """The typed configuration of a run, and what is derived from it once."""
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgspec
@@ -17,6 +18,7 @@ from embodied.run.algorithm import check_critic, check_density, make_algorithm
 from embodied.run.gateway_options import GatewayConfig
 from hal.gpus import one_gpu
 from hal.pool import selectors
+from hal.rewards import make_reward
 from policies.acting import InferenceConfig
 from sim import family
 from sim.family import SimConfig
@@ -116,6 +118,8 @@ class TrainConfig(_Struct, frozen=True):
     observations: what the policy reads of the robot: keys, or patterns that end in "*"; null for
     all, the pictures of sim.cameras included. All is recorded either way. instructions: words for
     recorded tasks by name, where they are not a registered task's own (see build.instruction).
+    reward: a registered one and its options, which judges what actors record in the task's place;
+    null for the task's own. Evaluations are always judged by the task.
     """
 
     task: str
@@ -133,11 +137,15 @@ class TrainConfig(_Struct, frozen=True):
     buffer: BufferConfig
     sampling: SamplingConfig
     gateway: GatewayConfig
+    reward: dict[str, Any] | None = None
     inference: InferenceConfig = msgspec.field(default_factory=InferenceConfig)
 
 
 class CollectConfig(_Struct, frozen=True):
-    """Demonstrations by a task's scripted expert, or import of a dataset, into a buffer folder."""
+    """Demonstrations by a task's scripted expert, or import of a dataset, into a buffer folder.
+
+    reward: see TrainConfig.
+    """
 
     task: str
     seed: int
@@ -145,6 +153,7 @@ class CollectConfig(_Struct, frozen=True):
     demonstrations: DemonstrationsConfig
     rows: int
     output: str
+    reward: dict[str, Any] | None = None
 
 
 class EvalConfig(_Struct, frozen=True):
@@ -165,54 +174,6 @@ class EvalConfig(_Struct, frozen=True):
     inference: InferenceConfig = msgspec.field(default_factory=InferenceConfig)
 
 
-class ComposeConfig(_Struct, frozen=True):
-    """Search for the weights of a composed policy, and its report beside its parents.
-
-    policies: policy folders or run directories; labels: what they are called, by default the
-    folders' names. task, sim: null takes those of the first run among them. operator, search: a
-    registered name, or a name with options; operator "pooled" composes at sample level. total:
-    what the weights of operators "product" and "cfg" sum to. metric: an episode's score, its
-    success or the greatest value of a signal. demonstrations: a buffer's folder or a run's, for
-    Proposition 4.1's weights, where the search then starts; windows: how many of its windows.
-    episodes, first_seed: evaluation seeds of the report. output: everything is kept there, and an
-    interrupted search continues from it.
-    """
-
-    policies: tuple[str, ...]
-    labels: tuple[str, ...] | None
-    task: str | None
-    sim: SimConfig | None
-    operator: str | dict[str, Any]
-    total: float
-    solver: dict[str, Any] | None
-    guidance: dict[str, Any] | None
-    search: str | dict[str, Any]
-    metric: Literal["success", "reward", "coverage"]
-    demonstrations: str | None
-    windows: int
-    episodes: int
-    first_seed: int
-    rows: int
-    seed: int
-    output: str
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for numbers that cannot be used."""
-        for name in ("windows", "episodes", "rows"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        last = self.first_seed + self.episodes
-        if not 0 <= self.first_seed < last <= family.EVALUATION_SEEDS:
-            raise ConfigError(
-                f"seeds {self.first_seed} to {last - 1}: evaluation seeds lie in "
-                f"0..{family.EVALUATION_SEEDS - 1}"
-            )
-        if self.labels is not None and len(self.labels) != len(self.policies):
-            raise ConfigError(
-                f"labels names {len(self.labels)} policies, policies has {len(self.policies)}"
-            )
-
-
 def load_train(overrides: list[str]) -> TrainConfig:
     """Compose, type and check a training configuration."""
     composed = core_config.compose("train", overrides)
@@ -227,6 +188,9 @@ def check(config: TrainConfig) -> TrainConfig:
     check_critic(algorithm, options.n_action_steps)
     check_density(algorithm, options)
     _check_data(config, asks_expert=algorithm.asks_expert)
+    if config.reward is not None:
+        found, task = family.find(config.task)
+        make_reward(config.reward, found.make_driver(task, config.sim).spec, None)
     learner = config.learner
     if config.run.mode == "lockstep" and learner.minutes is not None:
         raise ConfigError(
@@ -288,12 +252,18 @@ def read_keys(device: DeviceSpec, wanted: tuple[str, ...] | None) -> tuple[str, 
 
     Raises ConfigError for a name or pattern that fits none.
     """
+    return matching_keys(device.observation, wanted)
+
+
+def matching_keys(keys: Iterable[str], wanted: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Those of the keys that `wanted` names, in their order; see TrainConfig.observations."""
+    keys = tuple(keys)
     if wanted is None:
-        return tuple(device.observation)
+        return keys
     for name in wanted:
-        if not any(_matches(key, name) for key in device.observation):
-            raise unknown("observation key", name, device.observation)
-    return tuple(k for k in device.observation if any(_matches(k, name) for name in wanted))
+        if not any(_matches(key, name) for key in keys):
+            raise unknown("observation key", name, keys)
+    return tuple(k for k in keys if any(_matches(k, name) for name in wanted))
 
 
 def _matches(key: str, name: str) -> bool:
@@ -380,6 +350,7 @@ def same_experiment(new: TrainConfig, stored: TrainConfig) -> None:
         "sim",
         "observations",
         "instructions",
+        "reward",
         "demonstrations",
         "policy",
         "algorithm",

@@ -11,7 +11,7 @@ from embodied.buffer.read.replay import ReplayReader
 from embodied.buffer.serve.sink import StepSink
 from embodied.core.episodes import Step
 from embodied.core.errors import ConfigError
-from embodied.core.protocols import Policy
+from embodied.core.protocols import Operator, Policy
 from embodied.core.specs import DeviceSpec
 from embodied.core.tasks import Task
 from embodied.run.fitting import fit_to
@@ -21,7 +21,8 @@ from embodied.run.robots import check_spec
 from embodied.run.rollout import Result, Rollout, Start
 from hal.group import DeviceGroup
 from hal.remote import RemoteDevice
-from hal.tasks import Operator, TaskConfig
+from hal.rewards import make_reward
+from hal.tasks import TaskConfig
 from hal.tasks import make_task as make_robot_task
 from hal.teleop.asking import PersonStopped
 from hal.teleop.session import Session
@@ -32,7 +33,8 @@ from sim.family import SimConfig
 
 class RecordConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """device: selector of one device of the pool. task: a registered one, or robot_task: one that
-    is configured. teleoperator: a registered one and its options.
+    is configured. reward: a registered one and its options, which judges in the task's place; null
+    for the task's own. teleoperator: a registered one and its options.
 
     checkpoint: a policy folder or a run directory whose policy acts while no person takes part;
     null for nobody. What the person does then is marked as an intervention.
@@ -44,6 +46,7 @@ class RecordConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     checkpoint: str | None
     task: str | None
     robot_task: TaskConfig | None = None
+    reward: dict[str, Any] | None = None
     sim: SimConfig
     teleoperator: dict[str, Any]
     episodes: int
@@ -68,6 +71,13 @@ class RecordConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         """Name of the task as it is recorded."""
         return self.robot_task.name if self.robot_task is not None else self.task or ""
 
+    @property
+    def judged_by(self) -> dict[str, Any] | None:
+        """The configured reward; None where a registered task judges by itself."""
+        if self.reward is not None or self.robot_task is None:
+            return self.reward
+        return self.robot_task.reward
+
 
 def finished(path: Path, task: str) -> list[bool]:
     """Success of each finished episode of a task in a buffer folder; reads the whole log."""
@@ -86,7 +96,7 @@ def make_task(config: RecordConfig, name: str, spec: DeviceSpec, operator: Opera
     if missing := sorted(set(wanted.signals) - set(spec.signals)):
         raise ConfigError(
             f"task '{config.task_name}' is judged by {', '.join(missing)}, which only its "
-            "simulator knows; use robot_task with a judge of its own"
+            "simulator knows; use robot_task with a reward of its own"
         )
     # Families whose tasks may need a person take an operator.
     takes_operator = "operator" in inspect.signature(found.make_task).parameters
@@ -169,12 +179,14 @@ class RecordSession:
             recorder.add(step)
             self.steps = step.index + 1
 
+        reward = self._config.reward
         rollout = self._rollout = Rollout(
             DeviceGroup([device]),
             make_task(self._config, self._robot.id, device.spec, operator),
             next_start=next_start,
             teleoperators=[session],
             on_step=on_step,
+            rewards=None if reward is None else [make_reward(reward, device.spec, operator)],
         )
         if self._policy is not None:
             self.plan = fit_to(self._policy, device)

@@ -13,7 +13,7 @@ from embodied.core.frames import Frame, Observation
 from embodied.core.instructions import GOAL, TASK
 from embodied.core.protocols import Carry, Distant, Policy, Teleoperator
 from embodied.core.seeds import derive_seed, make_rng
-from embodied.core.tasks import Expert, Outcome, Task
+from embodied.core.tasks import Expert, Outcome, Reward, Task, judged
 from embodied.run.episode import Result, Start
 from embodied.run.observing import check_readable
 from hal.commander import Commander
@@ -52,7 +52,8 @@ class Rollout:
 
     next_start(row) gives the row's next episode, or None to leave it idle. on_step receives every
     Step's fields that the sink needs; on_frame is called with (row, frame) for films. goals gives
-    the goal of an episode by its seed, for policies that want one.
+    the goal of an episode by its seed, for policies that want one. rewards: of each row, what
+    judges its episodes in the task's place.
     Decisions of all rows that are due are taken in one batch, or, on robots whose time does not
     wait, row by row while the committed actions play. Without a decision (NoActionError) such a
     robot plays them to their end and holds, and is decided for again in the next tick; others wait
@@ -72,6 +73,7 @@ class Rollout:
         on_step: Callable[[int, Step], None] | None = None,
         on_frame: Callable[[int, Frame], None] | None = None,
         goals: Callable[[int], Observation] | None = None,
+        rewards: Sequence[Reward] | None = None,
     ) -> None:
         self._group = group
         self._task = task
@@ -81,6 +83,7 @@ class Rollout:
         self._on_step = on_step
         self._on_frame = on_frame
         self._goals = goals
+        self._rewards = rewards
         self._rows: list[_Row | None] = [None] * len(group)
         self._rngs = [make_rng(0)] * len(group)
         self._commanders = [Commander(device) for device in group.devices]
@@ -160,6 +163,8 @@ class Rollout:
             expert.reset()
         self._task.reset(self._commanders[index], start.seed)
         frame = self._group.devices[index].latest()
+        if self._rewards is not None:
+            self._rewards[index].begin(frame)
         self._rngs[index] = make_rng(start.seed, "action noise")
         self._rows[index] = _Row(start, frame.tick, [frame])
         self._schedules[index].begin(frame.tick)
@@ -309,7 +314,11 @@ class Rollout:
 
     def _advance(self, index: int, row: _Row, closed: Frame, following: Frame) -> Outcome:
         elapsed = following.tick - row.first_tick
-        outcome = self._task.judge(following, elapsed)
+        if self._rewards is None:
+            outcome = self._task.judge(following, elapsed)
+        else:
+            verdict = self._rewards[index](following)
+            outcome = judged(verdict, elapsed, self._task.horizon)
         if closed.seq in row.sources:
             row.source = row.sources[closed.seq]
         version, supervised = row.source or (row.version, row.handed or self._supervised(row))

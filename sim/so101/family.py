@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from embodied.core.protocols import SimulatedDriver
+from embodied.core.protocols import Operator, SimulatedDriver
 from embodied.core.specs import DeviceSpec
 from embodied.core.tasks import Expert, Task
 from hal.drivers.so101_arm import MODEL, SPEC
-from hal.tasks import Operator, TaskConfig, make_task
+from hal.tasks import TaskConfig, make_task
 from sim.family import SimConfig
 from sim.so101.driver import SPREAD_RAD, START_RAD, SimulatedSO101
 
@@ -25,7 +25,7 @@ REACH = TaskConfig(
     instruction="bring the tool to the point in front of the arm",
     horizon_s=_HORIZON_S,
     reset={"name": "motion", "pose": START_RAD.tolist(), "spread": SPREAD_RAD},
-    judge={
+    reward={
         "name": "reach",
         "model": str(MODEL),
         "target": _TARGET_M,

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -18,15 +19,26 @@ from embodied.comms.codec import decode, encode
 from embodied.comms.framing import Stream, pack, unpack
 from embodied.comms.identity.peer import peer_of
 from embodied.comms.links import wire
+from embodied.core.specs import ArraySpec, PolicySpec
+from embodied.learn.success.labels import read_hand_labels
 from embodied.run.site import host
 from embodied.run.site import messages as site
 from embodied.weights import acting, manifests, patches, planes
+from policies.success import configs as success
 
 _SCHEMA = schema.Codecs({}).schema_of(make_step(0, 0, 9))
 _PIXELS = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
 _UPLOAD, _ARRAYS = upload(make_step(0, 0, 9))
 _FORM = acting.acting_form({"w": np.arange(8, dtype=np.float32)}, "float32")
 _MANIFEST = manifests.WeightManifest(1, "0" * 64, 8, None, {}, {})
+_CLASSIFIER = success.StoredClassifier(
+    format=success.FORMAT,
+    spec=PolicySpec({"observation.state": ArraySpec((2,))}, ArraySpec((1,)), 1, 1, 1),
+    options=success.SuccessConfig(),
+    threshold=0.5,
+    patience=3,
+    positives=5,
+)
 _UPDATE = manifests.UpdateManifest(
     *("run", 2, None, None, acting.digest(_FORM), 32, "float32", "0" * 64, 9),
     *(acting.layout_of(_FORM), {}, {}),
@@ -53,11 +65,11 @@ def uploaded(data: bytes):
     return unwrap(changed(_UPLOAD, zstd=True), arrays)
 
 
-def in_file(data: bytes):
+def in_file(read: Callable[[Path], object], data: bytes):
     with tempfile.NamedTemporaryFile() as file:
         file.write(data)
         file.flush()
-        return lerobot.read_json(Path(file.name), lerobot.Info)
+        return read(Path(file.name))
 
 
 def assigned(data: bytes):
@@ -134,8 +146,16 @@ DECODERS = {
     "configuration of a gateway": Decoder("embodied/run/site/host.py", assigned, b'{"task": "x"}'),
     "description of a data set": Decoder(
         "embodied/buffer/interchange/lerobot.py",
-        in_file,
+        partial(in_file, lambda path: lerobot.read_json(path, lerobot.Info)),
         b'{"codebase_version": "v3.0", "fps": 10, "features": {}, "data_path": "data"}',
+    ),
+    "labels by hand": Decoder(
+        "embodied/learn/success/labels.py",
+        partial(in_file, read_hand_labels),
+        b'[{"stream": "arm", "episode": 3, "successes": [[40, 52]]}]',
+    ),
+    "success classifier": Decoder(
+        "policies/success/configs.py", success.decode_header, msgspec.json.encode(_CLASSIFIER)
     ),
 }
 

@@ -111,7 +111,7 @@ import embodied.cli.main, embodied.cli.agent, embodied.cli.estop, embodied.cli.t
 import embodied.cli.record, embodied.cli.calibrate, embodied.run.record_session
 import hal.process.servo, hal.process.watchdog, hal.remote, hal.discovery
 from embodied.core import registry
-for kind in ("drivers", "cameras", "teleoperators", "enumerators", "resets", "judges"):
+for kind in ("drivers", "cameras", "teleoperators", "enumerators", "resets", "rewards"):
     for name in registry.names(kind):
         registry.resolve(kind, name)
 from sim import family

@@ -1,6 +1,7 @@
 """Demonstrations and teleoperation on an agent's simulated robot, as a person would call them."""
 
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -14,8 +15,11 @@ from terminal import Terminal
 
 from embodied.buffer.read.replay import ReplayReader
 from embodied.cli.main import main
+from embodied.core.frames import Frame
 from embodied.run.record_session import finished
 from hal.remote import RemoteDevice
+from sim import family
+from sim.family import SimConfig
 from sim.so101.virtual import VirtualArm
 
 TASK = "so101/reach"
@@ -142,6 +146,65 @@ def test_a_person_records_anew_judges_and_stops(host, by_hand, tmp_path):
     up, down = (reader.take("observation.state", e.rows)[:, 0] for e in reader.closed_episodes())
     assert up[-1] > up[0] + 0.1 and down[-1] < down[0] - 0.1
     assert all(e.interventions > 5 for e in reader.episodes)
+
+
+def test_a_persons_key_takes_the_place_of_the_tasks_own_judgement(host, by_hand, tmp_path):
+    terminal = by_hand(
+        *("record", "device=sim", f"task={TASK}", "reward=success_key", "teleoperator=keyboard"),
+        *("episodes=2", f"output={tmp_path}"),
+    )
+    for done, (key, said) in enumerate((("\n", ": success"), ("x", ": no success"))):
+        running = re.compile(rf"{done}/2 let go · \d\.[1-9] s")
+        terminal.until(lambda running=running: running.search(terminal.output), "a running episode")
+        terminal.hold("q", 0.4)
+        terminal.keys(key)
+        terminal.wait(said)
+    assert terminal.end() == 0 and terminal.restored
+    reader = episodes(tmp_path)
+    assert [(e.closed, e.success) for e in reader.episodes] == [(True, True), (True, False)]
+    for episode in reader.episodes:
+        ended = reader.take("terminated", episode.rows)
+        assert ended[-1] and not ended[:-1].any(), "neither is where the task ends"
+        assert reader.take("reward", episode.rows).sum() == episode.success
+
+
+@pytest.mark.slow
+def test_a_rule_judges_a_leased_robot(host, tmp_path):
+    host.wait("ready")
+    success = "{key: observation.state, index: 0, low: 0.2}"
+    said = host.run(
+        *BY_SCRIPT,
+        *("reward=rule", f"reward.success=[{success}]", "reward.held_ticks=5"),
+        *("episodes=1", f"output={tmp_path}"),
+    )
+    assert ": success" in said, said
+    reader = episodes(tmp_path)
+    (episode,) = reader.closed_episodes()
+    base = reader.take("observation.state", np.append(episode.rows, episode.final_row))[:, 0]
+    assert (base[-5:] >= 0.2).all() and base[-6] < 0.2, "held for five ticks, then at once"
+
+
+@pytest.mark.slow
+def test_a_classifier_judges_a_leased_robot(host, tmp_path):
+    """Learned from the simulator's episodes, of which it takes those with a short horizon for
+    failures; its success is the real one, or nearly."""
+    seen, success, output = (tmp_path / name for name in ("seen", "success", "judged"))
+    for wanted, horizon in ((16, "null"), (1, "25")):
+        options = (f"demonstrations.episodes={wanted}", f"sim.horizon={horizon}", "rows=2")
+        main(["collect", f"task={TASK}", *options, f"output={seen}"])
+    learned = (f"buffer={seen}", f"output={success}", "positives=3", "patience=2", "steps=400")
+    assert main(["reward", "train", *learned, "observations=[observation.state]"]) == 0
+    host.wait("ready")
+    said = host.run(
+        *BY_SCRIPT,
+        *("reward=classifier", f"reward.path={success}", "episodes=2", f"output={output}"),
+    )
+    assert said.count(": success") == 2, said
+    reader = episodes(output)
+    reach = family.find(TASK)[0].make_task("reach", SimConfig()).reward
+    for episode in reader.closed_episodes():
+        pose = reader.take("observation.state", np.array([episode.final_row]))[0]
+        assert reach.distance_m(Frame(0, {"observation.state": pose}, {})) < 0.06
 
 
 def test_space_halts_the_robot_until_a_person_clears_it(host, by_hand, monkeypatch):

@@ -1,0 +1,1 @@
+"""Learning classifiers of success from labelled episodes."""

@@ -1,0 +1,1 @@
+"""Classifiers of success: whether an observed state is one in which the task is done."""
