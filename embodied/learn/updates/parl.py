@@ -1,22 +1,26 @@
 """The gradient steps of policy-agnostic reinforcement learning.
 
-Mark et al. 2024 (arXiv:2412.06685). Shapes: B batch, H chunk, D action.
+Mark et al. 2024 (arXiv:2412.06685). Shapes: E members, B batch, n random chunks, p best ones, H
+chunk, D action, C conditioning.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 
+from embodied.buffer.sample.windows import RETURN_TO_GO
 from embodied.core.seeds import derive_seed
 from embodied.learn.config import LearnerConfig, PARLConfig
 from embodied.learn.updates.base import Batch, Optimisers
-from embodied.learn.updates.critic import CriticUpdates
+from embodied.learn.updates.calql import calibrated
+from embodied.learn.updates.critic import CriticUpdates, following
 
 
 class PARLUpdates(CriticUpdates):
     """Critic: the chunk of a target is π°pt(next observation), the best that the optimiser of
-    actions finds. Distillation: the policy's own loss on what that finds for the batch's
-    observations.
+    actions finds; with conservatism, the regulariser of Cal-QL is added to its loss, in both
+    phases. Distillation: the policy's own loss on what that finds for the batch's observations.
     """
 
     setting = "algorithm.distil_learning_rate"
@@ -27,12 +31,47 @@ class PARLUpdates(CriticUpdates):
         self._options = options
         self._seed = seed
 
-    def _ahead(
-        self, observation: Batch, optimisers: Optimisers, step: int
-    ) -> tuple[torch.Tensor, float]:
-        seed = derive_seed(self._seed, "backup", step)
+    def _criticise(self, batch: Batch, optimisers: Optimisers, step: int) -> dict[str, float]:
+        observation = following(batch)
+        ahead_BHD = self._best(observation, optimisers, derive_seed(self._seed, "backup", step))
+        next_B = self._least(observation, ahead_BHD)
+        if not self._options.conservatism:
+            return self._fit(batch, next_B, optimisers, step)
+        here_BHD = self._best(batch, optimisers, derive_seed(self._seed, "conservatism", step))
+        penalty = partial(self._penalty, batch, here_BHD, ahead_BHD)
+        return self._fit(batch, next_B, optimisers, step, penalty)
+
+    def _best(self, observation: Batch, optimisers: Optimisers, seed: int) -> torch.Tensor:
+        """π°pt: chunks [B, H, D]."""
         with optimisers.averaged():
-            return self._policy.optimised(observation, seed=seed, temperature=None), 0.0
+            return self._policy.optimised(observation, seed=seed, temperature=None)
+
+    def _penalty(
+        self,
+        batch: Batch,
+        here_BHD: torch.Tensor,
+        ahead_BHD: torch.Tensor,
+        cond_BC: torch.Tensor,
+        q_EB: torch.Tensor,
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """α times the mean of R over the batch and random members. here, ahead: the best chunks for
+        the observation and for the one that follows, both judged at the former."""
+        options, policy = self._options, self._policy
+        shape = (len(here_BHD), options.conservatism_actions, *here_BHD.shape[1:])
+        share_BnHD = torch.rand(shape, generator=self._rng).to(policy.low_D.device)
+        random_BnHD = torch.lerp(policy.low_D, policy.high_D, share_BnHD)
+        best_BpHD = torch.stack([here_BHD, ahead_BHD], dim=1)
+        q_EBj = policy.critic.values(cond_BC, torch.cat([best_BpHD, random_BnHD], dim=1))
+        members = self._members(len(q_EB), q_EB.device)
+        q_policy_EBp, q_random_EBn = q_EBj[members].split([2, options.conservatism_actions], dim=2)
+        excess = calibrated(
+            q_EB[members],
+            q_random_EBn,
+            q_policy_EBp,
+            batch[RETURN_TO_GO],
+            copies=options.conservatism_actions,
+        ).mean()
+        return options.conservatism * excess, {"conservatism": excess.item()}
 
     def _improve(self, batch: Batch, optimisers: Optimisers, step: int) -> dict[str, float]:
         options = self._options
