@@ -10,7 +10,6 @@ from embodied.core.specs import DeviceSpec, PolicySpec
 from policies.chunk import ChunkPolicy
 from policies.critics.configs import CriticConfig
 from policies.critics.ensemble import EnsembleCritic
-from policies.critics.value import EnsembleValue
 from policies.normalizer import FeatureStats
 from policies.specs import policy_spec
 
@@ -59,10 +58,3 @@ def build_critic(
         critic = EnsembleCritic(spec, typed_config)
     critic.set_statistics(stats)
     return critic
-
-
-def build_value(critic: EnsembleCritic, *, seed: int) -> EnsembleValue:
-    """Fresh values of what a critic reads. seed: the networks' initial weights depend on it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return EnsembleValue(critic)

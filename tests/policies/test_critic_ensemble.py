@@ -194,3 +194,17 @@ def test_chunks_of_another_shape_are_refused(make, spec, shape):
         critic.q(make.obs(4), torch.zeros(shape))
     with pytest.raises(SpecError, match=r"'observation\.goal' is missing"):
         critic.encode({"observation.state": make.obs(4)["observation.state"]})
+
+
+def test_a_value_is_the_critics_networks_without_actions(critic, make):
+    obs, value = make.obs(5), critic.make_value(seed=3)
+    torch.testing.assert_close(
+        value.logits(obs), torch.stack([alone(value, m, critic.encode(obs)) for m in range(3)])
+    )
+    start = value.head.value(value.head.start())
+    torch.testing.assert_close(value.values(obs), start.expand(3, 5), rtol=0, atol=0.3)
+    again, other = critic.make_value(seed=3), critic.make_value(seed=4)
+    assert torch.equal(value.logits(obs), again.logits(obs))
+    assert not torch.equal(value.logits(obs), other.logits(obs))
+    own = {id(parameter) for parameter in critic.parameters()}
+    assert not own & {id(parameter) for parameter in value.parameters()}

@@ -49,6 +49,7 @@ def batches(count, seed=0):
             "action_is_pad": np.zeros((32, 4), bool),
             "return": rng.uniform(-2, 0, 32).astype(np.float32),
             "discount": np.full(32, 0.9, np.float32),
+            "return_to_go": rng.uniform(-4, 0, 32).astype(np.float32),
         }
 
 

@@ -14,8 +14,6 @@ from embodied.core.seeds import derive_seed
 from embodied.learn.config import IDQLConfig, LearnerConfig
 from embodied.learn.updates.base import OWN, Batch, Group, Optimisers
 from embodied.learn.updates.critic import CriticUpdates, following
-from policies.build import build_value
-from policies.critics.heads import ValueHead
 
 
 class IDQLUpdates(CriticUpdates):
@@ -27,10 +25,10 @@ class IDQLUpdates(CriticUpdates):
     setting = "algorithm.actor_learning_rate"
 
     def __init__(self, policy: Any, options: IDQLConfig, learner: LearnerConfig, seed: int) -> None:
-        """See CriticUpdates."""
+        """policy: its critic also with `make_value` (EnsembleCritic)."""
         super().__init__(policy, options, learner, seed)
         self._options = options
-        self.value = build_value(policy.critic, seed=derive_seed(seed, "value"))
+        self.value = policy.critic.make_value(seed=derive_seed(seed, "value"))
         self.groups["value"] = Group(OWN, learner.weight_decay, "algorithm.critic_learning_rate")
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -59,12 +57,12 @@ class IDQLUpdates(CriticUpdates):
 
 
 def expectile_loss(
-    head: ValueHead, logits: torch.Tensor, target: torch.Tensor, expectile: float
+    head: Any, logits: torch.Tensor, target: torch.Tensor, expectile: float
 ) -> torch.Tensor:
-    """The head's loss [...] of outputs [..., K], weighted by |expectile − (target < value)|.
+    """The loss [...] of a value head for outputs [..., K], times |expectile − (target < value)|.
 
-    Where its mean is least, the value is the target's expectile for any head, since the weighted
-    mean of the target is: of an HL-Gauss head, the histogram is that of the weighted targets.
+    It comes to rest where the value is the targets' expectile, with any head: that is the mean of
+    the targets so weighted, and the mean is what a head learns.
     """
     below = target < head.value(logits.detach())
     weight = torch.where(below, 1 - expectile, expectile)
