@@ -1,6 +1,6 @@
 """The gradient steps of algorithms that learn a critic beside the policy.
 
-Shapes: B batch, H chunk, D action, E members of the critic.
+Shapes: B batch, H chunk, D action, C conditioning, E members of the critic, K outputs.
 """
 
 import copy
