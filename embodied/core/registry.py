@@ -72,6 +72,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "dagger": "embodied.learn.dagger:DAgger",
         "filtered_bc": "embodied.learn.filtered_bc:FilteredBC",
         "hg_dagger": "embodied.learn.hg_dagger:HGDAgger",
+        "idql": "embodied.learn.idql:IDQL",
         "parl": "embodied.learn.parl:PARL",
         "rlpd": "embodied.learn.rlpd:RLPD",
     },

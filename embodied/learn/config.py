@@ -111,7 +111,9 @@ class PARLConfig(ActorCriticConfig, frozen=True, forbid_unknown_fields=True, kw_
     improvement: options of ImprovementConfig. proposals_age: for how many gradient steps what the
     policy proposed for an observation is used again in backups and distillation; 0 draws each time.
     distil_learning_rate; distil_temperature: see ImprovementConfig. distil_data: whether the
-    recorded action is among the candidates.
+    recorded action is among the candidates. conservatism: weight α of the regulariser of Cal-QL in
+    the critic's loss, 0 for none: by how much other actions are held below the recorded ones;
+    conservatism_actions: how many random ones, and how many copies of each of the policy's two.
     """
 
     proposals_age: Count = 0
@@ -119,6 +121,21 @@ class PARLConfig(ActorCriticConfig, frozen=True, forbid_unknown_fields=True, kw_
     distil_learning_rate: Rate = 1e-4
     distil_temperature: Rate | None = 1.0
     distil_data: bool = True
+    conservatism: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    conservatism_actions: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 10
+
+
+class IDQLConfig(ActorCriticConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Options of implicit Q-learning beside a cloned policy.
+
+    proposals: of how many chunks that the policy draws the critic's best acts. expectile: τ of the
+    recorded actions' values by which a situation is valued; .5 is their mean, towards 1 the best.
+    actor_learning_rate: of the policy, once it acts.
+    """
+
+    proposals: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 32
+    expectile: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.7
+    actor_learning_rate: Rate = 1e-4
 
 
 class RLPDConfig(ActorCriticConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from embodied.buffer.sample.windows import WindowSpec
 from embodied.learn.actor_critic import ActorCritic
 from embodied.learn.config import LearnerConfig, PARLConfig
 
@@ -23,6 +26,11 @@ class PARL(ActorCritic):
         super().__init__(config)
         self._options = config
         self.improvement = config.improvement
+
+    def windows(self, spec: WindowSpec, n_action_steps: int) -> WindowSpec:
+        """See ActorCritic; with returns to go if the critic is calibrated by them."""
+        windows = super().windows(spec, n_action_steps)
+        return msgspec.structs.replace(windows, return_to_go=self._options.conservatism > 0)
 
     def updates(self, policy: Any, options: LearnerConfig, seed: int) -> Updates:
         """See BC; the policy is an improved one."""

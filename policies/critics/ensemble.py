@@ -1,9 +1,10 @@
-"""An ensemble of critics of action chunks, computed as one.
+"""An ensemble of critics of action chunks, computed as one; and of values without actions.
 
 Shapes: B batch, T history, n chunks per row, H chunk, h of it judged, D action, C conditioning,
 E members, W width, K outputs, N rows of any kind.
 """
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -169,3 +170,36 @@ class EnsembleCritic(nn.Module):
     def q(self, obs: Mapping[str, Array], actions: torch.Tensor) -> torch.Tensor:
         """Mean of the members' values [B, n], for actions [B, n, H, D] (see Critic)."""
         return self.values(self.encode(obs), actions).mean(dim=0)
+
+    def make_value(self, *, seed: int) -> "EnsembleValue":
+        """Fresh values of what this critic reads, with its options and its encoder's present
+        weights; the networks' initial weights depend on the seed alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return EnsembleValue(self)
+
+
+class EnsembleValue(nn.Module):
+    """Values of situations, whatever is done in them: a critic's networks, but without actions,
+    behind an encoder of their own."""
+
+    def __init__(self, critic: EnsembleCritic) -> None:
+        """critic: see EnsembleCritic.make_value; they are where it is."""
+        super().__init__()
+        self.spec = critic.spec
+        self.encoder = copy.deepcopy(critic.encoder)
+        self.head = copy.deepcopy(critic.head)
+        self.network = StackedMLP(critic.config, self.encoder.dim, 0, self.head.outputs)
+        with torch.no_grad():
+            self.network.outlet.bias_E1O.add_(self.head.start())
+        self.to(critic.device)
+
+    def logits(self, obs: Mapping[str, Array], rng: torch.Generator | None = None) -> torch.Tensor:
+        """Outputs of every member [E, B, K]; obs, rng: see EnsembleCritic.encode."""
+        device = self.network.outlet.bias_E1O.device
+        cond_BC = self.encoder(read_observations(obs, self.spec, device), rng)
+        return self.network(cond_BC, cond_BC.new_zeros(len(cond_BC), 1, 0))[:, :, 0]
+
+    def values(self, obs: Mapping[str, Array]) -> torch.Tensor:
+        """Every member's values [E, B]."""
+        return self.head.value(self.logits(obs))

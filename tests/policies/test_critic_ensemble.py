@@ -120,8 +120,8 @@ def test_statistics_normalise_observations(make, spec):
         critic.set_statistics({"observation.state": stats["observation.state"]})
 
 
-@pytest.mark.parametrize("bfloat16", [False, True])
-def test_pictures_and_instructions_are_encoded_once_and_learned_from(make, spec, bfloat16):
+def seeing(make, spec):
+    """A critic that reads pictures and an instruction, and three rows of observations."""
     spec = msgspec.structs.replace(
         spec,
         observation={
@@ -142,6 +142,12 @@ def test_pictures_and_instructions_are_encoded_once_and_learned_from(make, spec,
         TASK: np.tile(encode_instruction("open the drawer", 24), (3, 2, 1)),
         "reward": rng.normal(size=3),
     }
+    return critic, obs
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_pictures_and_instructions_are_encoded_once_and_learned_from(make, spec, bfloat16):
+    critic, obs = seeing(make, spec)
     calls = []
     critic.encoder.register_forward_hook(lambda *_: calls.append(1))
     target = torch.tensor([-8.0, -5.0, -2.0])[:, None].expand(-1, 4)
@@ -195,3 +201,30 @@ def test_chunks_of_another_shape_are_refused(make, spec, shape):
         critic.q(make.obs(4), torch.zeros(shape))
     with pytest.raises(SpecError, match=r"'observation\.goal' is missing"):
         critic.encode({"observation.state": make.obs(4)["observation.state"]})
+
+
+def test_a_value_is_the_critics_networks_without_actions(critic, make):
+    obs, value = make.obs(5), critic.make_value(seed=3)
+    torch.testing.assert_close(
+        value.logits(obs), torch.stack([alone(value, m, critic.encode(obs)) for m in range(3)])
+    )
+    start = value.head.value(value.head.start())
+    torch.testing.assert_close(value.values(obs), start.expand(3, 5), rtol=0, atol=0.3)
+    again, other = critic.make_value(seed=3), critic.make_value(seed=4)
+    assert torch.equal(value.logits(obs), again.logits(obs))
+    assert not torch.equal(value.logits(obs), other.logits(obs))
+    own = {id(parameter) for parameter in critic.parameters()}
+    assert not own & {id(parameter) for parameter in value.parameters()}
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_value_learns_from_pictures_and_instructions(make, spec, bfloat16):
+    critic, obs = seeing(make, spec)
+    value = make.awaken(critic.make_value(seed=0))
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        logits = value.logits(obs, torch.Generator().manual_seed(0))
+        loss = value.head.loss(logits, torch.tensor([-8.0, -5.0, -2.0])).mean()
+    loss.backward()
+    for key, parameter in value.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, key
+    assert all(parameter.grad is None for parameter in critic.parameters())

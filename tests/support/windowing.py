@@ -90,6 +90,10 @@ def reference(steps, t, spec, is_selected):
         sample["discount"] = np.float32(spec.discount ** len(taken) if alive else 0)
         for key in spec.observation_keys:
             sample["next." + key] = history(steps, t + len(taken), spec.n_obs_steps, key)
+    if spec.return_to_go:
+        left = sum(spec.discount**k * reward(s, spec) for k, s in enumerate(acted[t:]))
+        failed = spec.rewards == "cost" and not any(s.success for s in acted)
+        sample["return_to_go"] = np.float32(-1 / (1 - spec.discount) if failed else left)
     dtypes = {"policy_version": np.int64, "t_ns": np.int64}
     for name in spec.metadata:
         sample[name] = np.array(getattr(steps[t], name), dtypes.get(name, np.bool_))
@@ -105,7 +109,7 @@ def assert_batch_is(batch, episodes, spec, is_selected):
         for name, value in wanted.items():
             found = batch[name][b]
             assert (found.dtype, found.shape) == (value.dtype, value.shape), name
-            if name in ("return", "discount"):
+            if name in ("return", "discount", "return_to_go"):
                 np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6, err_msg=name)
             else:
                 np.testing.assert_array_equal(found, value, name)

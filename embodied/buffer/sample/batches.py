@@ -11,7 +11,8 @@ import numpy as np
 
 from embodied.buffer.read.episodes import EpisodeInfo
 from embodied.buffer.read.gather import DamagedRowsError
-from embodied.buffer.sample.windows import NEXT, Backup, Windows, WindowSpec
+from embodied.buffer.sample.returns import reward_column, rewards_of
+from embodied.buffer.sample.windows import NEXT, RETURN_TO_GO, Backup, Windows, WindowSpec
 from embodied.buffer.steps.schema import Feature
 from embodied.core.errors import ConfigError, EmbodiedError
 from embodied.core.instructions import GOAL, TASK
@@ -107,6 +108,8 @@ def window_sizes(reader: StepReader, spec: WindowSpec, *, weighted: bool) -> dic
     if spec.n_step:
         sizes |= {name: ArraySize(_FLOAT32, ()) for name in ("return", "discount")}
         sizes |= {NEXT + key: size for key, size in observations.items()}
+    if spec.return_to_go:
+        sizes[RETURN_TO_GO] = ArraySize(_FLOAT32, ())
     sizes |= {name: ArraySize(_METADATA.get(name, _BOOL), ()) for name in spec.metadata}
     if weighted:
         sizes["weight"] = ArraySize(_FLOAT32, ())
@@ -134,10 +137,12 @@ def fetch_windows(reader: StepReader, spec: WindowSpec, draw: Draw, batch: Array
     np.logical_or(pad, rows.beyond, out=pad)
     np.logical_or(pad, ~rows.selected, out=pad)
     if spec.rewards != "recorded":
-        batch["reward"][...] = _rewards(spec, reader.gather(("success",), rows.future))
+        batch["reward"][...] = rewards_of(spec, reader.gather(("success",), rows.future))
     np.copyto(batch["reward"], np.float32(0), where=rows.beyond)
     if rows.backup is not None:
         _fetch_backup(reader, spec, rows.backup, batch)
+    if rows.returns is not None:
+        batch[RETURN_TO_GO][...] = rows.returns
     if spec.metadata:
         metadata = {name: batch[name] for name in spec.metadata}
         reader.gather(spec.metadata, rows.observed[:, -1], metadata)
@@ -155,21 +160,12 @@ def _fetch_goals(reader: StepReader, spec: WindowSpec, last: np.ndarray, batch: 
 def _fetch_backup(reader: StepReader, spec: WindowSpec, backup: Backup, batch: Arrays) -> None:
     keys = spec.observation_keys
     reader.gather(keys, backup.observed, {key: batch[NEXT + key] for key in keys})
-    wanted = "reward" if spec.rewards == "recorded" else "success"
-    found = reader.gather((wanted, "terminated"), backup.rows)
-    rewards = np.where(backup.beyond, 0.0, _rewards(spec, found))
+    found = reader.gather((reward_column(spec), "terminated"), backup.rows)
+    rewards = np.where(backup.beyond, 0.0, rewards_of(spec, found))
     batch["return"][...] = rewards @ spec.discount ** np.arange(spec.n_step)
     # Behind the end the last step is repeated, which is one of the m steps.
     terminated = found["terminated"].any(axis=1)
     batch["discount"][...] = np.where(terminated, 0.0, spec.discount**backup.taken)
-
-
-def _rewards(spec: WindowSpec, columns: Arrays) -> np.ndarray:
-    """Float64, as the spec wants them, of the column "reward" or "success"."""
-    if spec.rewards == "recorded":
-        return columns["reward"].astype(np.float64)
-    success = columns["success"].astype(np.float64)
-    return success - 1 if spec.rewards == "cost" else success
 
 
 def batch_arrays(sizes: Mapping[str, ArraySize], out: Mapping[str, np.ndarray] | None) -> Arrays:

@@ -24,6 +24,7 @@ from embodied.buffer.sample.batches import (
     window_sizes,
 )
 from embodied.buffer.sample.draws import DrawStrategy, NewSteps, Uniform
+from embodied.buffer.sample.returns import returns_to_go, reward_column
 from embodied.buffer.sample.statistics import (
     FeatureStats,
     RunningStats,
@@ -213,8 +214,11 @@ class WindowSampler:
         needed = {*self._strategy.columns, *(("held",) if "action" in self._tracked else ())}
         if self._select is not select_all:
             needed.update(_FLAGS)
+        if self.spec.return_to_go:
+            needed.add(reward_column(self.spec))
         columns = self._reader.gather(sorted(needed), rows) if needed else {}
         selected = self._selected(episodes, columns, len(rows))
+        to_go = returns_to_go(self.spec, columns, lengths) if self.spec.return_to_go else None
         fresh: dict[str, RunningStats] = {}
         for key in self._tracked:
             wanted = selected & ~columns["held"] if key == "action" else selected
@@ -224,7 +228,7 @@ class WindowSampler:
         self._texts.check(tasks)
         # From here on nothing can fail: an episode is taken over as a whole or not at all.
         final_rows = np.array([episode.final_row for episode in episodes], np.int64)
-        numbers = self._index.add(rows, lengths, final_rows, selected)
+        numbers = self._index.add(rows, lengths, final_rows, selected, to_go)
         if tasks:
             self._texts.add(numbers, tasks)
         self._keys += [episode.key for episode in episodes]
@@ -315,10 +319,10 @@ class WindowSampler:
         terminated, truncated [B, H], repeating the episode's last step behind its end; reward
         [B, H], 0 behind the end; action_is_pad [B, H]: behind the end, held, or not selected, so
         no label. With an n-step backup: return, discount [B] (float32) and each "next." + key
-        [B, To, ...]; see WindowSpec. With task_bytes: task [B, To, L] (uint8). The spec's metadata
-        [B] of step t. weight [B] if the strategy has importance weights. Raises one of DRAW_AGAIN
-        for a draw of which episodes have been removed, or turn out to be damaged; the arrays are
-        undefined then.
+        [B, To, ...]; see WindowSpec. return_to_go [B] (float32) and task [B, To, L] (uint8) if the
+        spec wants them. The spec's metadata [B] of step t. weight [B] if the strategy has
+        importance weights. Raises one of DRAW_AGAIN for a draw of which episodes have been removed,
+        or turn out to be damaged; the arrays are undefined then.
         """
         if lost := self._lost(draw):
             raise StaleDrawError(f"{lost} of {len(draw)} drawn steps have been removed")

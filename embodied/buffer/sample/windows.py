@@ -19,8 +19,10 @@ METADATA = ("intervention", "success", "policy_version", "t_ns")
 NEXT = "next."
 """What the name of the observation after n steps begins with."""
 
+RETURN_TO_GO = "return_to_go"
+
 _TAKEN = frozenset(("action", "action_is_pad", "reward", "terminated", "truncated", "return"))
-_BATCH_NAMES = _TAKEN | {"discount", "weight", "source", TASK, *METADATA}
+_BATCH_NAMES = _TAKEN | {"discount", RETURN_TO_GO, "weight", "source", TASK, *METADATA}
 
 
 class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -37,11 +39,18 @@ class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     of the m steps terminated. A target is return + discount · value(next observation): an
     episode that was only truncated bootstraps from its last observation (as RLPD, Ball et al.
     2023). discount: per step. rewards: "recorded", or a convention over whether the step succeeded:
-    "sparse" is 1 where it did, else 0; "cost" is 0 where it did, else −1. metadata: columns of step
-    t to add, out of METADATA. task_bytes: L; 0 for none, else the episode's task in words, as L
-    bytes, is added to the observations. goal_keys: observation keys of which the episode's last
-    observation is added, To times, under "goal." + key: what the episode did reach is taken for its
-    goal (hindsight, Andrychowicz et al. 2017).
+    "sparse" is 1 where it did, else 0; "cost" is 0 where it did, else −1.
+
+    return_to_go: adds `return_to_go` = Σ_k discount^k · reward_{t+k} over all steps from t to the
+    episode's end: what was earned in fact (Monte Carlo). Behind the end nothing is added, be it
+    terminated or truncated: a time-out is not bootstrapped. By "cost" an episode without any
+    success would go on costing, so all its steps have −1 / (1 − discount), the least there is
+    (Mark et al. 2024). Only complete episodes are drawn from, so it is known of every window.
+
+    metadata: columns of step t to add, out of METADATA. task_bytes: L; 0 for none, else the
+    episode's task in words, as L bytes, is added to the observations. goal_keys: observation keys
+    of which the episode's last observation is added, To times, under "goal." + key: what the
+    episode did reach is taken for its goal (hindsight, Andrychowicz et al. 2017).
     """
 
     n_obs_steps: int
@@ -53,6 +62,7 @@ class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     task_bytes: int = 0
     goal_keys: tuple[str, ...] = ()
     rewards: Literal["recorded", "sparse", "cost"] = "recorded"
+    return_to_go: bool = False
 
     def __post_init__(self) -> None:
         if self.n_obs_steps < 1 or self.horizon < 1:
@@ -65,10 +75,15 @@ class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"n_step is {self.n_step} and discount {self.discount}; n_step must be at least "
                 "1, or 0 for no backup, and discount between 0 and 1"
             )
-        if self.n_step == 0 and self.discount != 1:
+        if self.n_step == 0 and self.discount != 1 and not self.return_to_go:
             raise ConfigError(
                 f"discount is {self.discount} but n_step 0, so nothing is discounted; set n_step "
                 "to at least 1, or leave discount out"
+            )
+        if self.return_to_go and self.rewards == "cost" and self.discount == 1:
+            raise ConfigError(
+                "return_to_go of an episode that failed has no bound with rewards=cost and "
+                "discount=1; a discount below 1 is right"
             )
         if unknown := set(self.metadata) - set(METADATA):
             raise ConfigError(
@@ -99,7 +114,7 @@ class Backup:
 class Windows:
     """Row ids of a batch. observed: int64 [B, To]. future: int64 [B, H], the episode's last step
     being repeated. beyond, selected: bool [B, H], whether each is behind the end, and selected.
-    last: of the episode's last observation, int64 [B]."""
+    last: of the episode's last observation, int64 [B]. returns: to go, float32 [B], if wanted."""
 
     observed: np.ndarray
     future: np.ndarray
@@ -107,6 +122,7 @@ class Windows:
     selected: np.ndarray
     last: np.ndarray
     backup: Backup | None
+    returns: np.ndarray | None
 
 
 class WindowIndex:
@@ -114,13 +130,15 @@ class WindowIndex:
 
     A position counts steps in that order, each episode's last observation included as one more
     behind its steps. candidates: positions of selected steps. Positions change when episodes are
-    removed; a step's number, its position if none ever had been, does not. Memory: 17 bytes a step.
+    removed; a step's number, its position if none ever had been, does not. Memory: 17 bytes a step,
+    21 with returns.
     """
 
     def __init__(self) -> None:
         self._order = GrowingArray(np.int64)
         self._selected = GrowingArray(np.bool_)
         self._candidates = GrowingArray(np.int64)
+        self._returns = GrowingArray(np.float32)
         # Of each episode: its first position, that of its last observation, its first number.
         self._starts = GrowingArray(np.int64)
         self._ends = GrowingArray(np.int64)
@@ -128,11 +146,17 @@ class WindowIndex:
         self._next_number = 0
 
     def add(
-        self, rows: np.ndarray, lengths: np.ndarray, final_rows: np.ndarray, selected: np.ndarray
+        self,
+        rows: np.ndarray,
+        lengths: np.ndarray,
+        final_rows: np.ndarray,
+        selected: np.ndarray,
+        returns: np.ndarray | None = None,
     ) -> np.ndarray:
         """Add E episodes: their steps' rows one after the other and which of them are selected
-        [sum of lengths], their numbers of steps [E], the rows of their last observations [E].
-        Returns the numbers of their first steps, int64 [E]."""
+        [sum of lengths], their numbers of steps [E], the rows of their last observations [E]; the
+        steps' returns to go, of all episodes or none. Returns the numbers of their first steps,
+        int64 [E]."""
         before = len(self._order)
         ends = np.cumsum(lengths + 1) - 1
         size = len(rows) + len(lengths)
@@ -143,6 +167,10 @@ class WindowIndex:
         chosen[is_step] = selected
         self._order.extend(order)
         self._selected.extend(chosen)
+        if returns is not None:
+            to_go = np.zeros(size, np.float32)
+            to_go[is_step] = returns
+            self._returns.extend(to_go)
         self._candidates.extend(before + np.flatnonzero(chosen))
         self._starts.extend(before + ends - lengths)
         self._ends.extend(before + ends)
@@ -165,6 +193,8 @@ class WindowIndex:
         self._numbers.replace(self._numbers.view[~removed])
         self._order.replace(self._order.view[left])
         self._selected.replace(self._selected.view[left])
+        if len(self._returns):
+            self._returns.replace(self._returns.view[left])
         return left_candidates
 
     @property
@@ -206,7 +236,8 @@ class WindowIndex:
             backup = Backup(self._order.view[ahead], behind, taken, observed)
         observed = self._history(positions, starts, spec.n_obs_steps)
         future, selected = self._order.view[at], self._selected.view[at]
-        return Windows(observed, future, beyond, selected, self._order.view[ends], backup)
+        returns = self._returns.view[positions] if spec.return_to_go else None
+        return Windows(observed, future, beyond, selected, self._order.view[ends], backup, returns)
 
     def _episodes(self, positions: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._starts.view, positions, side="right") - 1

@@ -1,30 +1,39 @@
 """The gradient steps of algorithms that learn a critic beside the policy.
 
-Shapes: B batch, H chunk, D action, E members of the critic.
+Shapes: B batch, H chunk, D action, C conditioning, E members of the critic, K outputs.
 """
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from embodied.buffer.sample.windows import NEXT
 from embodied.core.errors import EmbodiedError
 from embodied.core.seeds import derive_seed
 from embodied.learn.config import ActorCriticConfig, LearnerConfig
 from embodied.learn.updates.base import Batch, Group, Optimisers, cosine, warmed
 
-_NEXT = "next."
 _OUTSIDE = 0.1
+
+Penalty = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, dict[str, float]]]
+"""From a batch's conditioning [B, C] and its own chunks' values [E, B] to what is added to the
+critic's loss, and metrics."""
+
+
+def following(batch: Batch) -> dict[str, torch.Tensor]:
+    """The observations after the executed steps, under their own names."""
+    return {key.removeprefix(NEXT): x for key, x in batch.items() if key.startswith(NEXT)}
 
 
 class CriticUpdates(ABC):
     """Three phases: the policy is cloned; its critic learns while it stays; both learn.
 
-    Critic: y = return + discount · min of random target members at a chunk for the observation
-    after the executed steps. A subclass says which chunk that is, and how the policy learns.
+    Critic: y = return + discount · the value of the observation after the executed steps. A
+    subclass says what that value is, and how the policy learns.
     """
 
     averaged = "policy."
@@ -47,10 +56,8 @@ class CriticUpdates(ABC):
         }
 
     @abstractmethod
-    def _ahead(
-        self, observation: Batch, optimisers: Optimisers, step: int
-    ) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """Chunks [B, H, D] for observations [B, To, …], and what is added to their values [B]."""
+    def _criticise(self, batch: Batch, optimisers: Optimisers, step: int) -> dict[str, float]:
+        """One step of the critic, by `_fit`."""
 
     @abstractmethod
     def _improve(self, batch: Batch, optimisers: Optimisers, step: int) -> dict[str, float]:
@@ -81,18 +88,29 @@ class CriticUpdates(ABC):
         norm = optimisers.descend("policy", loss, rate)
         return {**metrics, "grad_norm": norm, "learning_rate": rate}
 
-    def _criticise(self, batch: Batch, optimisers: Optimisers, step: int) -> dict[str, float]:
+    @torch.no_grad()
+    def _least(self, observation: Batch, chunk_BHD: torch.Tensor) -> torch.Tensor:
+        """The least value of random target members [B], of chunks for observations."""
+        q_EB = self._target.values(self._target.encode(observation), chunk_BHD[:, None])[:, :, 0]
+        return q_EB[self._members(len(q_EB), q_EB.device)].amin(0)
+
+    def _members(self, members: int, device: torch.device) -> torch.Tensor:
+        """Numbers of random members, drawn with replacement."""
+        drawn = torch.randint(members, (self._shared.backup_members,), generator=self._rng)
+        return drawn.to(device)
+
+    def _fit(
+        self,
+        batch: Batch,
+        next_B: torch.Tensor,
+        optimisers: Optimisers,
+        step: int,
+        penalty: Penalty | None = None,
+    ) -> dict[str, float]:
+        """One step of the critic towards return + discount · next; the target critic follows."""
         options, critic = self._shared, self._policy.critic
-        observation = {
-            key.removeprefix(_NEXT): x for key, x in batch.items() if key.startswith(_NEXT)
-        }
-        with torch.no_grad():
-            chunk_BHD, bonus_B = self._ahead(observation, optimisers, step)
-            q_EB1 = self._target.values(self._target.encode(observation), chunk_BHD[:, None])
-            members = torch.randint(len(q_EB1), (options.backup_members,), generator=self._rng)
-            next_B = q_EB1[members.to(q_EB1.device), :, 0].amin(0) + bonus_B
-            target_B = batch["return"] + batch["discount"] * next_B
-            outside = float(critic.head.outside(target_B))
+        target_B = batch["return"] + batch["discount"] * next_B
+        outside = float(critic.head.outside(target_B))
         if outside > _OUTSIDE:
             raise EmbodiedError(
                 f"{outside:.0%} of step {step}'s target values, which lie between "
@@ -102,6 +120,10 @@ class CriticUpdates(ABC):
         cond_BC = critic.encode(batch, self._rng)
         logits_EBK = critic.logits(cond_BC, batch["action"][:, None])[:, :, 0]
         loss = critic.head.loss(logits_EBK, target_B).mean()
+        metrics: dict[str, float] = {}
+        if penalty is not None:
+            added, metrics = penalty(cond_BC, critic.head.value(logits_EBK))
+            loss = loss + added
         norm = optimisers.descend("critic", loss, options.critic_learning_rate)
         self._follow()
         return {
@@ -111,6 +133,7 @@ class CriticUpdates(ABC):
             "q": float(critic.head.value(logits_EBK.detach()).mean()),
             "target": float(target_B.mean()),
             "outside": outside,
+            **metrics,
         }
 
     @torch.no_grad()

@@ -1,17 +1,21 @@
 """The gradient steps of policy-agnostic reinforcement learning.
 
-Mark et al. 2024 (arXiv:2412.06685). Shapes: B batch, H chunk, D action.
+Mark et al. 2024 (arXiv:2412.06685). Shapes: E members, B batch, n random chunks, p best ones, H
+chunk, D action, C conditioning.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
+from embodied.buffer.sample.windows import RETURN_TO_GO
 from embodied.core.seeds import derive_seed
 from embodied.learn.config import LearnerConfig, PARLConfig
 from embodied.learn.updates.base import Batch, Optimisers
-from embodied.learn.updates.critic import CriticUpdates
+from embodied.learn.updates.calql import calibrated
+from embodied.learn.updates.critic import CriticUpdates, following
 from embodied.learn.updates.proposals import ProposalCache
 
 _PROPOSALS = "proposals/"
@@ -19,8 +23,8 @@ _PROPOSALS = "proposals/"
 
 class PARLUpdates(CriticUpdates):
     """Critic: the chunk of a target is π°pt(next observation), the best that the optimiser of
-    actions finds. Distillation: the policy's own loss on what that finds for the batch's
-    observations.
+    actions finds; with conservatism, the regulariser of Cal-QL is added to its loss, in both
+    phases. Distillation: the policy's own loss on what that finds for the batch's observations.
     """
 
     setting = "algorithm.distil_learning_rate"
@@ -32,18 +36,58 @@ class PARLUpdates(CriticUpdates):
         self._seed = seed
         self._proposals = ProposalCache(options.proposals_age)
 
-    def _ahead(
-        self, observation: Batch, optimisers: Optimisers, step: int
-    ) -> tuple[torch.Tensor, float]:
-        seed = derive_seed(self._seed, "backup", step)
+    def _criticise(self, batch: Batch, optimisers: Optimisers, step: int) -> dict[str, float]:
+        observation = following(batch)
+        ahead_BHD = self._best(observation, optimisers, step, "backup")
+        next_B = self._least(observation, ahead_BHD)
+        if not self._options.conservatism:
+            return self._fit(batch, next_B, optimisers, step)
+        here_BHD = self._best(self._observed(batch), optimisers, step, "conservatism")
+        penalty = partial(self._penalty, batch, here_BHD, ahead_BHD)
+        return self._fit(batch, next_B, optimisers, step, penalty)
+
+    def _best(
+        self, observation: Batch, optimisers: Optimisers, step: int, purpose: str
+    ) -> torch.Tensor:
+        """π°pt: chunks [B, H, D]."""
+        seed = derive_seed(self._seed, purpose, step)
         pool_BnHD = self._pool(observation, optimisers, step, seed)
-        best_BHD = self._policy.optimised(observation, pool_BnHD, seed=seed, temperature=None)
-        return best_BHD, 0.0
+        return self._policy.optimised(observation, pool_BnHD, seed=seed, temperature=None)
+
+    def _observed(self, batch: Batch) -> Batch:
+        return {key: batch[key] for key in self._policy.spec.observation}
+
+    def _penalty(
+        self,
+        batch: Batch,
+        here_BHD: torch.Tensor,
+        ahead_BHD: torch.Tensor,
+        cond_BC: torch.Tensor,
+        q_EB: torch.Tensor,
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """α times the mean of R over the batch and random members. here, ahead: the best chunks for
+        the observation and for the one that follows, both judged at the former."""
+        options, policy = self._options, self._policy
+        shape = (len(here_BHD), options.conservatism_actions, *here_BHD.shape[1:])
+        share_BnHD = torch.rand(shape, generator=self._rng).to(policy.low_D.device)
+        random_BnHD = torch.lerp(policy.low_D, policy.high_D, share_BnHD)
+        best_BpHD = torch.stack([here_BHD, ahead_BHD], dim=1)
+        q_EBj = policy.critic.values(cond_BC, torch.cat([best_BpHD, random_BnHD], dim=1))
+        members = self._members(len(q_EB), q_EB.device)
+        q_policy_EBp, q_random_EBn = q_EBj[members].split([2, options.conservatism_actions], dim=2)
+        excess = calibrated(
+            q_EB[members],
+            q_random_EBn,
+            q_policy_EBp,
+            batch[RETURN_TO_GO],
+            copies=options.conservatism_actions,
+        ).mean()
+        return options.conservatism * excess, {"conservatism": excess.item()}
 
     def _improve(self, batch: Batch, optimisers: Optimisers, step: int) -> dict[str, float]:
         options = self._options
         seed = derive_seed(self._seed, "distillation", step)
-        observation = {key: batch[key] for key in self._policy.spec.observation}
+        observation = self._observed(batch)
         best_BHD = self._policy.optimised(
             observation,
             self._pool(observation, optimisers, step, seed),

@@ -13,7 +13,7 @@ from torch import nn
 
 from embodied.learn.config import LearnerConfig, RLPDConfig
 from embodied.learn.updates.base import OWN, Batch, Group, Optimisers
-from embodied.learn.updates.critic import CriticUpdates
+from embodied.learn.updates.critic import CriticUpdates, following
 
 
 class SACUpdates(CriticUpdates):
@@ -44,13 +44,14 @@ class SACUpdates(CriticUpdates):
         chunk_BHD, log_prob_BH = self._policy.policy.rsample(observation, self._rng)
         return chunk_BHD, log_prob_BH[:, : self._policy.critic.config.horizon].sum(dim=1)
 
-    def _ahead(
-        self, observation: Batch, optimisers: Optimisers, step: int
-    ) -> tuple[torch.Tensor, torch.Tensor | float]:
-        chunk_BHD, log_prob_B = self._draw(observation)
-        if not self._options.entropy_backup:
-            return chunk_BHD, 0.0
-        return chunk_BHD, -self._log_temperature.exp() * log_prob_B
+    def _criticise(self, batch: Batch, optimisers: Optimisers, step: int) -> dict[str, float]:
+        observation = following(batch)
+        with torch.no_grad():
+            chunk_BHD, log_prob_B = self._draw(observation)
+            next_B = self._least(observation, chunk_BHD)
+            if self._options.entropy_backup:
+                next_B = next_B - self._log_temperature.exp() * log_prob_B
+        return self._fit(batch, next_B, optimisers, step)
 
     def _improve(self, batch: Batch, optimisers: Optimisers, step: int) -> dict[str, float]:
         options, critic = self._options, self._policy.critic

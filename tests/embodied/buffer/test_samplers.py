@@ -50,7 +50,8 @@ def filled(lengths=((12, 5, 30), (9, 1, 0, 20)), spec=SPEC, **options):
 def test_windows_of_a_replay_on_disk(lengths, n_step, dagger, rewards, seed):
     rng = np.random.default_rng(seed)
     discount = 0.8 if n_step else 1.0
-    spec = WindowSpec(2, 3, (STATE, IMAGE), n_step, discount, rewards=rewards)
+    to_go = n_step > 0
+    spec = WindowSpec(2, 3, (STATE, IMAGE), n_step, discount, rewards=rewards, return_to_go=to_go)
     episodes = {
         (f"s{stream}", number): make_steps(stream, number, length, rng)
         for stream, numbers in enumerate(lengths)

@@ -12,14 +12,23 @@ from embodied.buffer.sample.windows import METADATA, WindowIndex, WindowSpec
 from embodied.core.errors import ConfigError
 
 SPECS = st.builds(
-    lambda to, h, n, discount, metadata: WindowSpec(
-        to, h, (STATE, IMAGE), n, discount if n else 1.0, metadata
+    lambda to, h, n, discount, metadata, rewards, to_go: WindowSpec(
+        to,
+        h,
+        (STATE, IMAGE),
+        n,
+        discount if n else 1.0,
+        metadata,
+        rewards=rewards,
+        return_to_go=to_go and (rewards != "cost" or (n > 0 and discount < 1)),
     ),
     st.integers(1, 4),
     st.integers(1, 6),
     st.integers(0, 7),
     st.sampled_from([0.0, 0.5, 0.9, 1.0]),
     st.sampled_from([(), METADATA, ("t_ns",)]),
+    st.sampled_from(["recorded", "sparse", "cost"]),
+    st.booleans(),
 )
 SELECTIONS = {
     "all": (select_all, lambda s: True),
@@ -146,6 +155,8 @@ def test_growing_array(parts):
         ({"n_step": 2, "discount": 1.01}, "discount between 0 and 1"),
         ({"n_step": 2, "discount": float("nan")}, "discount nan"),
         ({"discount": 0.9}, "nothing is discounted"),
+        ({"return_to_go": True, "rewards": "cost"}, "no bound with rewards=cost and discount=1"),
+        ({"observation_keys": ("return_to_go",)}, "names of other arrays"),
         ({"metadata": ("seed",)}, r"metadata \['seed'\] is unknown; known: intervention"),
         ({"observation_keys": ("a", "b", "a")}, "name one twice"),
         ({"observation_keys": ("next.a",)}, r"\['next.a'\] are names of other arrays"),
