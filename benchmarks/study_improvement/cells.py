@@ -28,7 +28,12 @@ class Setting:
 
 
 SETTINGS = {
-    "drawer-open": Setting(20, 1.0, 150, 10_000),
+    "drawer-open": Setting(20, 1.2, 150, 10_000),
+    "door-open": Setting(20, 1.0, 120, 10_000),
+    "window-open": Setting(20, 1.3, 150, 10_000),
+    "pick-place": Setting(20, 0.5, 150, 50_000),
+    "basketball": Setting(20, 0.3, 150, 50_000),
+    "peg-insert-side": Setting(20, 0.3, 200, 50_000),
 }
 """From screening.py."""
 
@@ -54,19 +59,34 @@ FLOW = [
     "+policy.network.width=256",
     "+policy.network.depth=2",
 ]
-CRITIC = [
+LEARNING = [
+    f"algorithm.cloning_steps={CLONING}",
+    f"algorithm.offline_steps={OFFLINE}",
+    "algorithm.target_rate=0.02",
     "algorithm.critic.members=2",
     "algorithm.critic.width=128",
     "algorithm.critic.depth=2",
+    "learner.ema_decay=0.99",
 ]
 PARL = [
     "algorithm=parl",
-    f"algorithm.cloning_steps={CLONING}",
-    f"algorithm.offline_steps={OFFLINE}",
-    *CRITIC,
-    "algorithm.distil_learning_rate=5.0e-5",
+    *LEARNING,
+    "algorithm.proposals_age=200",
+    "algorithm.distil_learning_rate=1.0e-4",
+    "algorithm.distil_temperature=0.5",
     "algorithm.improvement.proposals=8",
     "algorithm.improvement.kept=8",
+    "algorithm.improvement.step_size=1.0e-2",
+]
+GLOBAL = [*PARL, "algorithm.improvement.steps=0"]
+LOCAL = ["algorithm.improvement.steps=3"]
+ONE = ["algorithm.improvement.proposals=1", "algorithm.improvement.kept=1"]
+GAUSSIAN = [
+    "policy=gaussian",
+    "policy.horizon=4",
+    "policy.n_action_steps=4",
+    "algorithm=rlpd",
+    *LEARNING,
 ]
 
 
@@ -81,11 +101,16 @@ class Contender:
     averaged: int = 0
 
 
+BEFORE = CLONING + OFFLINE
 CONTENDERS = {
     "clone": Contender((*FLOW, "algorithm=bc"), CLONING, acts=False),
     "mean of 16": Contender((), averaged=16),
     "filtered BC": Contender((*FLOW, "algorithm=filtered_bc")),
-    "PA-RL": Contender((*FLOW, *PARL, "algorithm.improvement.steps=0"), CLONING + OFFLINE),
+    "IDQL": Contender((*FLOW, "algorithm=idql", *LEARNING, "algorithm.proposals=8"), BEFORE),
+    "RLPD": Contender((*GAUSSIAN,), BEFORE),
+    "PA-RL": Contender((*FLOW, *GLOBAL), BEFORE),
+    "with local": Contender((*FLOW, *PARL, *LOCAL), BEFORE),
+    "only local": Contender((*FLOW, *PARL, *LOCAL, *ONE), BEFORE),
 }
 
 
