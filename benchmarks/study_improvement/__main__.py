@@ -9,7 +9,6 @@ earlier one ended, and prints the tables of what is there; --tasks, --contenders
 """
 
 import argparse
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import chain
@@ -18,19 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.study_improvement.cells import CONTENDERS, SETTINGS, Cell
+from benchmarks.study_improvement.cells import CONTENDERS, SETTINGS, Cell, work
 from benchmarks.study_improvement.judging import Judged
 from embodied.core.intervals import paired_bootstrap, wilson
 
 STATES = range(100)
 BASIS = "PA-RL"
-
-
-def work(cell: Cell) -> tuple[Cell, Judged, float]:
-    """Train it and judge it; also the seconds that took now."""
-    started_s = time.monotonic()
-    cell.train()
-    return cell, cell.judged(STATES), time.monotonic() - started_s
 
 
 def main() -> None:
@@ -77,7 +69,7 @@ def main() -> None:
 
 def _done(pool: ProcessPoolExecutor, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Judged, float]]:
     """As they are ready."""
-    for done in as_completed([pool.submit(work, cell) for cell in cells]):
+    for done in as_completed([pool.submit(work, cell, STATES) for cell in cells]):
         yield done.result()
 
 

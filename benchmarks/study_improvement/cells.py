@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,6 +160,13 @@ class Cell:
             f"run.dir={self.run.path}",
             f"run.resume={str(self.run.exists()).lower()}",
         )
+
+
+def work(cell: Cell, states: range) -> tuple[Cell, Judged, float]:
+    """Train it and judge it; also the seconds that took now."""
+    started_s = time.monotonic()
+    cell.train()
+    return cell, cell.judged(states), time.monotonic() - started_s
 
 
 def call(command: str, *overrides: str) -> None:
