@@ -182,7 +182,7 @@ class ACTConfig(ChunkConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a width that the heads cannot share."""
-        _check_heads(self.width, self.heads)
+        check_heads(self.width, self.heads)
 
 
 class GaussianConfig(ChunkConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -256,7 +256,7 @@ class DiTConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a width that the heads cannot share."""
-        _check_heads(self.width, self.heads)
+        check_heads(self.width, self.heads)
 
 
 class ResNet18Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -288,7 +288,7 @@ class ViTConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a width that the heads cannot share."""
-        _check_heads(self.width, self.heads)
+        check_heads(self.width, self.heads)
 
 
 class NgramsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -304,7 +304,7 @@ class NgramsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     features: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
 
 
-def _check_heads(width: int, heads: int) -> None:
+def check_heads(width: int, heads: int) -> None:
     """Raise ConfigError unless the width can be divided among the heads."""
     if width % heads:
         raise ConfigError(f"width is {width} and heads {heads}; width must be a multiple of heads")

@@ -23,6 +23,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "diffusion": "policies.diffusion:DiffusionPolicy",
         "act": "policies.act:ACT",
         "gaussian": "policies.gaussian:GaussianPolicy",
+        "autoregressive": "policies.tokens.policy:AutoregressivePolicy",
         "composed": "policies.compose.policy:ComposedPolicy",
         "pooled": "policies.compose.pooled:PooledPolicy",
         "improved": "policies.improved:ImprovedPolicy",
@@ -53,6 +54,10 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "text_encoders": {
         "ngrams": "policies.encoders.ngrams:HashedNgrams",
+    },
+    "tokenizers": {
+        "bins": "policies.tokens.tokenizers:Bins",
+        "dct": "policies.tokens.tokenizers:DCT",
     },
     "solvers": {
         "ddim": "policies.solvers.diffusion:DDIM",
@@ -138,6 +143,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "diffusion": "policies.configs:DiffusionConfig",
         "act": "policies.configs:ACTConfig",
         "gaussian": "policies.configs:GaussianConfig",
+        "autoregressive": "policies.tokens.configs:AutoregressiveConfig",
     },
     "networks": {
         "mlp": "policies.configs:MLPConfig",
@@ -150,6 +156,10 @@ OPTIONS: dict[str, dict[str, str]] = {
     },
     "text_encoders": {
         "ngrams": "policies.configs:NgramsConfig",
+    },
+    "tokenizers": {
+        "bins": "policies.tokens.configs:BinsConfig",
+        "dct": "policies.tokens.configs:DCTConfig",
     },
     "value_heads": {
         "hl_gauss": "policies.critics.configs:HLGaussConfig",

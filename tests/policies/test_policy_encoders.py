@@ -23,7 +23,11 @@ TRAINED = [n for n in names("policies") if issubclass(resolve("policies", n).Con
 """Policies with an encoder of their own."""
 
 
-ALONE = {"act": {"width": 16, "heads": 2, "encoder_depth": 1}, "gaussian": {"width": 16}}
+ALONE = {
+    "act": {"width": 16, "heads": 2, "encoder_depth": 1},
+    "gaussian": {"width": 16},
+    "autoregressive": {"transformer": {"width": 16, "depth": 1, "heads": 2}},
+}
 
 
 def device(**pictures):
