@@ -24,6 +24,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "act": "policies.act:ACT",
         "gaussian": "policies.gaussian:GaussianPolicy",
         "autoregressive": "policies.tokens.policy:AutoregressivePolicy",
+        "vla": "policies.vla.policy:VLA",
         "composed": "policies.compose.policy:ComposedPolicy",
         "pooled": "policies.compose.pooled:PooledPolicy",
         "improved": "policies.improved:ImprovedPolicy",
@@ -54,6 +55,7 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "text_encoders": {
         "ngrams": "policies.encoders.ngrams:HashedNgrams",
+        "words": "policies.encoders.words:HashedWords",
     },
     "tokenizers": {
         "bins": "policies.tokens.tokenizers:Bins",
@@ -144,6 +146,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "act": "policies.configs:ACTConfig",
         "gaussian": "policies.configs:GaussianConfig",
         "autoregressive": "policies.tokens.configs:AutoregressiveConfig",
+        "vla": "policies.vla.configs:VLAConfig",
     },
     "networks": {
         "mlp": "policies.configs:MLPConfig",
@@ -156,6 +159,7 @@ OPTIONS: dict[str, dict[str, str]] = {
     },
     "text_encoders": {
         "ngrams": "policies.configs:NgramsConfig",
+        "words": "policies.configs:WordsConfig",
     },
     "tokenizers": {
         "bins": "policies.tokens.configs:BinsConfig",

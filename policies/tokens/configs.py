@@ -38,8 +38,8 @@ class TransformerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
         check_heads(self.width, self.heads)
 
 
-class TokensConfig(ChunkConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Options of every policy that decides in tokens.
+class AutoregressiveConfig(ChunkConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Options of the autoregressive policy.
 
     tokenizer: a registered one and its options. decoding: "step" writes one row of tokens (a step
     of the actions, or a frequency) with one pass of the transformer, its numbers one after another
@@ -64,7 +64,3 @@ class TokensConfig(ChunkConfig, frozen=True, forbid_unknown_fields=True, kw_only
     def parts(self) -> list[tuple[str, Any, str]]:
         """See ChunkConfig."""
         return [*super().parts(), ("tokenizers", self.tokenizer, "policy.tokenizer")]
-
-
-class AutoregressiveConfig(TokensConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Options of the autoregressive policy."""

@@ -1,9 +1,7 @@
 """Policies that decide in tokens. B batch, S tokens of the prefix, n chunks for each row, P places,
 G tokens of a place, R rows of tokens, H chunk, D action, C conditioning, W width."""
 
-from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,9 +16,10 @@ from policies import noise
 from policies.arrays import put_prefix
 from policies.chunk import ChunkPolicy
 from policies.guidance import check_delay
-from policies.reading import Array
-from policies.tokens.configs import AutoregressiveConfig, TokensConfig
+from policies.reading import Array, read_observations
+from policies.tokens.configs import AutoregressiveConfig
 from policies.tokens.heads import OneByOne, Parallel, choose_by
+from policies.tokens.prefix import Prefix
 from policies.tokens.tokenizers import Tokenizer
 from policies.tokens.transformer import Cache, Transformer
 
@@ -28,17 +27,20 @@ TEXTS = 32
 """Chunks of one row that are written side by side; the work of keeping them apart grows with their
 square."""
 
-C = TypeVar("C", bound=TokensConfig)
 
-
-class TokenPolicy(ChunkPolicy[C]):
+class AutoregressivePolicy(ChunkPolicy[AutoregressiveConfig]):
     """Observations → prefix tokens → a chunk's tokens, place after place, by one transformer.
 
-    Learns −log p of the tokens of the labels. A place holds a whole row of the tokenizer's tokens
-    (`decoding` step or parallel) or one token (`token`). A subclass says what the prefix is.
+    Learns −log p of the tokens of the labels, as RT-2 (Brohan et al. 2023) and π0-FAST do, but from
+    scratch. A place holds a whole row of the tokenizer's tokens (`decoding` step or parallel) or
+    one token (`token`). The conditioning [B, C] is the prefix, a token for each state key and those
+    of pictures and words, C = S · W.
     """
 
-    def __init__(self, spec: PolicySpec, config: C) -> None:
+    name = "autoregressive"
+    Config = AutoregressiveConfig
+
+    def __init__(self, spec: PolicySpec, config: AutoregressiveConfig) -> None:
         """See ChunkPolicy."""
         super().__init__(spec, config)
         width, dim = config.transformer.width, spec.action.size
@@ -47,6 +49,7 @@ class TokenPolicy(ChunkPolicy[C]):
         self.per_place = 1 if config.decoding == "token" else dim
         self.places = self.tokenizer.rows * dim // self.per_place
         vocabulary = self.tokenizer.vocabulary
+        self.prefix = Prefix(self.encoder.token_sizes, width)
         self.transformer = Transformer(config.transformer)
         self.start_W = nn.Parameter(nn.init.normal_(torch.empty(width), std=0.02))
         self.embed = nn.Embedding(self.per_place * vocabulary, width)
@@ -55,10 +58,6 @@ class TokenPolicy(ChunkPolicy[C]):
         self.positions_PW = nn.Parameter(nn.init.normal_(positions_PW, std=0.02))
         one_by_one = config.decoding == "step" and self.per_place > 1
         self.head = (OneByOne if one_by_one else Parallel)(width, self.per_place, vocabulary)
-
-    @abstractmethod
-    def prefix(self, cond_BC: torch.Tensor) -> torch.Tensor:
-        """Tokens [B, S, W] of encoded observations, S at least 1."""
 
     @torch.no_grad()
     def act(
@@ -120,9 +119,15 @@ class TokenPolicy(ChunkPolicy[C]):
         logits_BPGV = self.head.logits(known_BPW, tokens_BPG)
         return logits_BPGV.float().view(*tokens_BRD.shape, -1)
 
+    def _condition(
+        self, source: Mapping[str, Array], rng: torch.Generator | None = None
+    ) -> torch.Tensor:
+        obs = read_observations(source, self.spec, self.device)
+        return self.prefix(self.encoder.tokens(obs, rng)).flatten(1)
+
     def _started(self, cond_BC: torch.Tensor) -> torch.Tensor:
         """The prefix, and the token behind which the text begins."""
-        prefix_BSW = self.prefix(cond_BC)
+        prefix_BSW = cond_BC.unflatten(1, (-1, len(self.start_W)))
         start_B1W = self.start_W.expand(len(prefix_BSW), 1, -1)
         return torch.cat([prefix_BSW, start_B1W.to(prefix_BSW)], dim=1)
 
@@ -190,27 +195,3 @@ class TokenPolicy(ChunkPolicy[C]):
         if not torch.isfinite(logits_V).all():
             raise SpecError(f"the {self.name} policy's logits are not finite")
         return choose_by(u, logits_V, self.config.temperature)
-
-
-class AutoregressivePolicy(TokenPolicy[AutoregressiveConfig]):
-    """The tokens of a chunk one after another, after one token for each observation key.
-
-    A causal transformer on discretised actions, as the Decision Transformer's kin (Janner et al.
-    2021) and RT-2 have it; a camera's whole history is one token, as in ACT.
-    """
-
-    name = "autoregressive"
-    Config = AutoregressiveConfig
-
-    def __init__(self, spec: PolicySpec, config: AutoregressiveConfig) -> None:
-        """See ChunkPolicy."""
-        super().__init__(spec, config)
-        width, sizes = config.transformer.width, self.encoder.sizes
-        self.inlets = nn.ModuleList(nn.Linear(size, width) for size in sizes)
-        self.kinds_SW = nn.Parameter(nn.init.normal_(torch.empty(len(sizes), width), std=0.02))
-
-    def prefix(self, cond_BC: torch.Tensor) -> torch.Tensor:
-        """See TokenPolicy: a token for each part of the conditioning."""
-        parts = cond_BC.split(self.encoder.sizes, dim=1)
-        tokens = [inlet(part) for inlet, part in zip(self.inlets, parts, strict=True)]
-        return torch.stack(tokens, dim=1) + self.kinds_SW

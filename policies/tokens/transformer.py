@@ -123,6 +123,17 @@ class Transformer(nn.Module):
             x_BSW = layer.mix(x_BSW, q, (k, v), None)
         return self.norm(x_BSW[:, -1]), kept
 
+    def states(self, prefix_BSW: torch.Tensor) -> list[torch.Tensor]:
+        """What each layer has made of the prefix, [B, S, W] each."""
+        x_BSW = prefix_BSW
+        found: list[torch.Tensor] = []
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            q, k, v = layer.project(x_BSW)
+            x_BSW = layer.mix(x_BSW, q, (k, v), None)
+            found.append(self.norm(x_BSW))
+        return found
+
     def write(self, x_BnW: torch.Tensor, cache: Cache) -> torch.Tensor:
         """What is known behind one more token of each text [B, n, W]; the cache keeps it."""
         mask = cache.mask()
