@@ -32,8 +32,11 @@ class Memory(nn.Module):
 
 
 class ExpertLayer(nn.Module):
-    """Actions attend to the prefix and to one another, between LayerNorms that the time modulates
-    (adaLN-zero, as in networks/dit.py)."""
+    """Actions attend to the prefix and to one another, between LayerNorms that the time modulates.
+
+    As in networks/dit.py, but the gates begin at 1: only through them do gradients reach what read
+    the prefix, which learns later from 0.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         """width: W, a multiple of heads."""
@@ -58,8 +61,9 @@ class ExpertLayer(nn.Module):
             for kept_BSW, own_BHW in zip(memory_B2SW.unbind(dim=1), own, strict=True)
         )
         mixed = F.scaled_dot_product_attention(self._split(q_BHW), k, v)
-        x_BHW = x_BHW + gate * self.outlet(mixed.transpose(1, 2).flatten(2))
-        return x_BHW + gate_ff * self.feed_forward(self.norm(x_BHW) * (1 + scale_ff) + shift_ff)
+        x_BHW = x_BHW + (1 + gate) * self.outlet(mixed.transpose(1, 2).flatten(2))
+        change_BHW = self.feed_forward(self.norm(x_BHW) * (1 + scale_ff) + shift_ff)
+        return x_BHW + (1 + gate_ff) * change_BHW
 
     def _split(self, x_BLW: torch.Tensor) -> torch.Tensor:
         """[B, N, L, E]."""
