@@ -1,6 +1,9 @@
-"""Policies that decide in tokens. B batch, S tokens of the prefix, n chunks for each row, P places,
-G tokens of a place, R rows of tokens, H chunk, D action, C conditioning, W width."""
+"""A policy that decides in tokens. B batch, S tokens of the prefix, n chunks for each row, P places,
+p of them settled, G tokens of a place, R rows of tokens, V vocabulary, H chunk, D action,
+C conditioning, W width."""
 
+import functools
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -77,8 +80,8 @@ class AutoregressivePolicy(ChunkPolicy[AutoregressiveConfig]):
         seeds = noise.check_seeds(seed, len(cond_BC))
         shape = (self.places, self.per_place)
         u_BnPG = noise.uniform(seeds, shape)[:, None].to(self.low_D)
-        known_BPG = None if prefix is None else self._known(prefix, len(seeds))
-        chunks_BHD = self._draw(cond_BC, u_BnPG, known_BPG)[:, 0].cpu().numpy()
+        settled_BpG = None if prefix is None else self._settled(prefix, len(seeds))
+        chunks_BHD = self._draw(cond_BC, u_BnPG, settled_BpG)[:, 0].cpu().numpy()
         if prefix is not None:
             put_prefix(chunks_BHD, prefix)
         return None, chunks_BHD
@@ -89,7 +92,7 @@ class AutoregressivePolicy(ChunkPolicy[AutoregressiveConfig]):
         cond_BC = self.encode(obs)
         rng = torch.Generator("cpu").manual_seed(seed % 2**63)
         shape = (len(cond_BC), n, self.places, self.per_place)
-        return self._draw(cond_BC, torch.rand(shape, generator=rng).to(self.low_D), None)
+        return self._draw(cond_BC, torch.rand(shape, generator=rng).to(self.low_D))
 
     def loss(self, batch: Mapping[str, Array]) -> tuple[torch.Tensor, dict[str, float]]:
         """Mean of −log p over the tokens of all steps that are not padding, in nats.
@@ -136,7 +139,7 @@ class AutoregressivePolicy(ChunkPolicy[AutoregressiveConfig]):
         offsets_G = torch.arange(self.per_place, device=tokens_G.device)
         return self.embed(tokens_G + offsets_G * self.tokenizer.vocabulary).sum(dim=-2)
 
-    def _known(self, prefix: np.ndarray, batch: int) -> torch.Tensor:
+    def _settled(self, prefix: np.ndarray, batch: int) -> torch.Tensor:
         """Tokens [B, p, G] of the places that committed actions settle."""
         shape = (batch, self.spec.horizon, self.spec.action.size)
         chunk_BHD = np.zeros(shape, np.float32)
@@ -148,50 +151,49 @@ class AutoregressivePolicy(ChunkPolicy[AutoregressiveConfig]):
         return tokens_BRD.reshape(batch, -1, self.per_place)
 
     def _draw(
-        self, cond_BC: torch.Tensor, u_BnPG: torch.Tensor, known_BPG: torch.Tensor | None
+        self, cond_BC: torch.Tensor, u_BnPG: torch.Tensor, settled_BpG: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Chunks [B, n, H, D] in device units, drawn by the uniform numbers u."""
+        """Chunks [B, n, H, D] in device units, drawn by the uniform numbers u behind the first p
+        places, if these are settled."""
         n = u_BnPG.shape[1]
         first_BW, kept = self.transformer.read(self._started(cond_BC))
-        cache = Cache(kept, texts := min(n, TEXTS), self.places - 1)
+        texts = math.ceil(n / math.ceil(n / TEXTS))
+        cache = Cache(kept, texts, self.places - 1)
+        settled_BpG = cond_BC.new_empty(0, 0, 0) if settled_BpG is None else settled_BpG
         parts: list[torch.Tensor] = []
         for start in range(0, n, texts):
             part_BnPG = u_BnPG[:, start : start + texts]
             missing = texts - part_BnPG.shape[1]
             part_BnPG = F.pad(part_BnPG, (0, 0, 0, 0, 0, missing))
             cache.rewind()
-            parts.append(self._write(first_BW, cache, part_BnPG, known_BPG))
+            parts.append(self._write(first_BW, cache, part_BnPG, settled_BpG))
         tokens_BnPG = torch.cat(parts, dim=1)[:, :n]
-        tokens = tokens_BnPG.reshape(-1, self.tokenizer.rows, self.spec.action.size)
-        return self._actions(self.tokenizer.decode(tokens)).unflatten(0, (-1, n))
+        tokens_NRD = tokens_BnPG.reshape(-1, self.tokenizer.rows, self.spec.action.size)
+        return self._actions(self.tokenizer.decode(tokens_NRD)).unflatten(0, (-1, n))
 
     def _write(
         self,
         first_BW: torch.Tensor,
         cache: Cache,
         u_BnPG: torch.Tensor,
-        known_BPG: torch.Tensor | None,
+        settled_BpG: torch.Tensor,
     ) -> torch.Tensor:
         """Tokens [B, n, P, G], as many texts as the cache has room for."""
-        n, settled = cache.texts, 0 if known_BPG is None else known_BPG.shape[1]
-        known_BnW = first_BW[:, None].expand(-1, n, -1)
+        known_BnW = first_BW[:, None].expand(-1, cache.texts, -1)
         places: list[torch.Tensor] = []
         for place in range(self.places):
-            if known_BPG is not None and place < settled:
-                places.append(known_BPG[:, None, place].expand(-1, n, -1))
+            if place < settled_BpG.shape[1]:
+                tokens_BnG = settled_BpG[:, None, place].expand(-1, cache.texts, -1)
             else:
-                u_BnG = u_BnPG[:, :, place]
-                places.append(
-                    self.head.draw(
-                        known_BnW, lambda logits, g, u=u_BnG: self._choose(u[..., g], logits)
-                    )
-                )
+                choose = functools.partial(self._choose, u_BnPG[:, :, place])
+                tokens_BnG = self.head.draw(known_BnW, choose)
+            places.append(tokens_BnG)
             if place < self.places - 1:
-                x_BnW = self._embedded(places[-1]) + self.positions_PW[place]
+                x_BnW = self._embedded(tokens_BnG) + self.positions_PW[place]
                 known_BnW = self.transformer.write(x_BnW, cache)
         return torch.stack(places, dim=2)
 
-    def _choose(self, u: torch.Tensor, logits_V: torch.Tensor) -> torch.Tensor:
-        if not torch.isfinite(logits_V).all():
+    def _choose(self, u_BnG: torch.Tensor, logits_BnV: torch.Tensor, g: int) -> torch.Tensor:
+        if not torch.isfinite(logits_BnV.sum()):
             raise SpecError(f"the {self.name} policy's logits are not finite")
-        return choose_by(u, logits_V, self.config.temperature)
+        return choose_by(u_BnG[..., g], logits_BnV, self.config.temperature)

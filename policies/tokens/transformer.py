@@ -1,7 +1,7 @@
 """A transformer over a prefix and what is written after it. B batch, S tokens of the prefix,
 L tokens, n texts for each row of the batch, W width, N heads, E width of a head, M places."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -114,25 +114,19 @@ class Transformer(nn.Module):
 
     def read(self, prefix_BSW: torch.Tensor) -> tuple[torch.Tensor, list[KeysValues]]:
         """What is known behind the prefix [B, W], and each layer's keys and values of it."""
-        x_BSW = prefix_BSW
-        kept: list[KeysValues] = []
-        for layer in self.layers:
-            assert isinstance(layer, Layer)
-            q, k, v = layer.project(x_BSW)
-            kept.append((k, v))
-            x_BSW = layer.mix(x_BSW, q, (k, v), None)
-        return self.norm(x_BSW[:, -1]), kept
+        states, kept = zip(*self._read(prefix_BSW), strict=True)
+        return self.norm(states[-1][:, -1]), list(kept)
 
     def states(self, prefix_BSW: torch.Tensor) -> list[torch.Tensor]:
         """What each layer has made of the prefix, [B, S, W] each."""
-        x_BSW = prefix_BSW
-        found: list[torch.Tensor] = []
+        return [self.norm(x_BSW) for x_BSW, _ in self._read(prefix_BSW)]
+
+    def _read(self, x_BSW: torch.Tensor) -> Iterator[tuple[torch.Tensor, KeysValues]]:
         for layer in self.layers:
             assert isinstance(layer, Layer)
             q, k, v = layer.project(x_BSW)
             x_BSW = layer.mix(x_BSW, q, (k, v), None)
-            found.append(self.norm(x_BSW))
-        return found
+            yield x_BSW, (k, v)
 
     def write(self, x_BnW: torch.Tensor, cache: Cache) -> torch.Tensor:
         """What is known behind one more token of each text [B, n, W]; the cache keeps it."""

@@ -55,7 +55,7 @@ def test_what_is_written_with_the_cache_is_what_one_pass_over_all_tokens_says(ma
     cond = policy.encode(make.obs(2))
     u = torch.rand((2, n, policy.places, policy.per_place), generator=torch.Generator())
     with torch.no_grad():
-        chunks = policy._draw(cond, u, None).flatten(0, 1)
+        chunks = policy._draw(cond, u).flatten(0, 1)
         tokens = policy.tokenizer.encode(policy.action_normalizer.normalize(chunks))
         logits = policy.logits(cond.repeat_interleave(n, dim=0), tokens)
     expected = choose_by(u.view(tokens.shape), logits, 1.0)
