@@ -1,6 +1,6 @@
-"""A policy that decides in tokens. B batch, S tokens of the prefix, n chunks for each row, P places,
-p of them settled, G tokens of a place, R rows of tokens, V vocabulary, H chunk, D action,
-C conditioning, W width."""
+"""A policy that decides in tokens. B batch, S tokens of the prefix, n chunks for each row,
+P places, p of them settled, G tokens of a place, R rows of tokens, V vocabulary, H chunk,
+D action, C conditioning, W width."""
 
 import functools
 import math
