@@ -19,7 +19,7 @@ from policies import noise
 from policies.acting import RtcConfig, WarmStartConfig
 from policies.arrays import put_prefix, shifted
 from policies.chunk import ChunkPolicy, valid_mean
-from policies.configs import PolicyConfig
+from policies.configs import ChunkConfig
 from policies.conversions import Scalar
 from policies.guidance import Goal, check_delay, guided, soft_mask
 from policies.networks.stages import Cond, prepare
@@ -30,7 +30,7 @@ from policies.solvers.base import Denoise, Solver
 PREPARED_ROWS = 64
 
 
-C = TypeVar("C", bound=PolicyConfig)
+C = TypeVar("C", bound=ChunkConfig)
 
 
 class GenerativePolicy(ChunkPolicy[C]):
@@ -59,9 +59,14 @@ class GenerativePolicy(ChunkPolicy[C]):
     def __init__(self, spec: PolicySpec, config: C) -> None:
         """See ChunkPolicy."""
         super().__init__(spec, config)
-        network, options = component("networks", config.network, "policy.network")
+        self.network = self.make_network()
+
+    def make_network(self) -> nn.Module:
+        """What denoises: the network that the options name."""
+        named: Any = self.config
+        network, options = component("networks", named.network, "policy.network")
         dim = self.encoder.dim + self.extra_dim
-        self.network: nn.Module = network(options, spec.action.size, spec.horizon, dim)
+        return network(options, self.spec.action.size, self.spec.horizon, dim)
 
     def integrate(
         self,

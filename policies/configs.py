@@ -71,18 +71,8 @@ class ChunkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
         return found
 
 
-class PolicyConfig(ChunkConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Options that every generative policy has. network: a registered network and its options."""
-
-    network: dict[str, Any] = msgspec.field(default_factory=lambda: {"name": "mlp"})
-
-    def parts(self) -> list[tuple[str, Any, str]]:
-        """See ChunkConfig."""
-        return [*super().parts(), ("networks", self.network, "policy.network")]
-
-
-class FlowConfig(PolicyConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Options of the flow policy.
+class FlowOptions(ChunkConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Options of every policy that learns a flow.
 
     num_steps: solver steps. solver: "heun" evaluates the network twice a step. time_sampling:
     density of u in training; "logit_normal" prefers the middle (Esser et al. 2024, section 3.1),
@@ -92,6 +82,16 @@ class FlowConfig(PolicyConfig, frozen=True, forbid_unknown_fields=True, kw_only=
     num_steps: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 10
     solver: Literal["euler", "heun"] = "euler"
     time_sampling: Literal["uniform", "logit_normal", "beta"] = "uniform"
+
+
+class FlowConfig(FlowOptions, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Options of the flow policy. network: a registered network and its options."""
+
+    network: dict[str, Any] = msgspec.field(default_factory=lambda: {"name": "mlp"})
+
+    def parts(self) -> list[tuple[str, Any, str]]:
+        """See ChunkConfig."""
+        return [*super().parts(), ("networks", self.network, "policy.network")]
 
 
 class MeanFlowConfig(FlowConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -137,13 +137,15 @@ class DiffusionSolverConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=T
             )
 
 
-class DiffusionConfig(PolicyConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class DiffusionConfig(ChunkConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Options of the diffusion policy.
 
-    num_train_steps: N of the squared-cosine schedule that it is trained on. scheduler: the solver
-    that samples; num_steps, timestep_spacing and clip_sample are its (see DiffusionSolverConfig).
+    network: a registered network and its options. num_train_steps: N of the squared-cosine
+    schedule that it is trained on. scheduler: the solver that samples; num_steps,
+    timestep_spacing and clip_sample are its (see DiffusionSolverConfig).
     """
 
+    network: dict[str, Any] = msgspec.field(default_factory=lambda: {"name": "mlp"})
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     scheduler: Literal["ddim", "ddpm", "dpmsolver++"] = "ddim"
     num_train_steps: Annotated[int, msgspec.Meta(ge=2, le=10_000)] = 100
@@ -159,6 +161,10 @@ class DiffusionConfig(PolicyConfig, frozen=True, forbid_unknown_fields=True, kw_
                 "clip_sample keeps actions within ±1, which gaussian normalisation exceeds; "
                 "set clip_sample: false, or action_normalization: spec or limits"
             )
+
+    def parts(self) -> list[tuple[str, Any, str]]:
+        """See ChunkConfig."""
+        return [*super().parts(), ("networks", self.network, "policy.network")]
 
     def solver_config(self) -> DiffusionSolverConfig:
         """The solver's part."""
@@ -182,7 +188,7 @@ class ACTConfig(ChunkConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a width that the heads cannot share."""
-        _check_heads(self.width, self.heads)
+        check_heads(self.width, self.heads)
 
 
 class GaussianConfig(ChunkConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -256,7 +262,7 @@ class DiTConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a width that the heads cannot share."""
-        _check_heads(self.width, self.heads)
+        check_heads(self.width, self.heads)
 
 
 class ResNet18Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -288,7 +294,7 @@ class ViTConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a width that the heads cannot share."""
-        _check_heads(self.width, self.heads)
+        check_heads(self.width, self.heads)
 
 
 class NgramsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -304,7 +310,21 @@ class NgramsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     features: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
 
 
-def _check_heads(width: int, heads: int) -> None:
+class WordsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Sizes of the hashed words.
+
+    max_bytes: longest instruction, as UTF-8. max_words: places for words. buckets: rows of the
+    table. features: size of a word's vector, and of an instruction's.
+    """
+
+    max_bytes: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 128
+    max_words: Annotated[int, msgspec.Meta(ge=1, le=512)] = 16
+    buckets: Annotated[int, msgspec.Meta(ge=16, le=1 << 20)] = 4096
+    width: Annotated[int, msgspec.Meta(ge=8, le=1024)] = 64
+    features: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
+
+
+def check_heads(width: int, heads: int) -> None:
     """Raise ConfigError unless the width can be divided among the heads."""
     if width % heads:
         raise ConfigError(f"width is {width} and heads {heads}; width must be a multiple of heads")

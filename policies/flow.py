@@ -6,7 +6,7 @@ from embodied.core.protocols import Prediction
 from embodied.core.registry import resolve
 from embodied.core.specs import PolicySpec
 from policies.base import GenerativePolicy
-from policies.configs import FlowConfig
+from policies.configs import FlowConfig, FlowOptions
 from policies.conversions import Scalar, flow_time, signal_noise
 from policies.networks.stages import Cond, evaluate
 from policies.solvers.base import Solver
@@ -15,16 +15,16 @@ BETA_SHAPE = 1.5
 BETA_CUT = 0.999
 
 
-class FlowPolicy(GenerativePolicy[FlowConfig]):
+class FlowPolicy(GenerativePolicy[FlowOptions]):
     """Learns v(x_u, u) = E[x₁ − n | x_u] on x_u = u x₁ + (1 − u) n and integrates dx = v du.
 
     Rectified flow (Liu et al. 2022, equation 1) with u = 0 noise and u = 1 data.
     """
 
     name = "flow"
-    Config = FlowConfig
+    Config: type[FlowOptions] = FlowConfig
 
-    def __init__(self, spec: PolicySpec, config: FlowConfig) -> None:
+    def __init__(self, spec: PolicySpec, config: FlowOptions) -> None:
         """Also makes the solver."""
         super().__init__(spec, config)
         self.solver = self.make_solver()

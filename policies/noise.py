@@ -24,9 +24,14 @@ def start_noise(seeds: list[int], horizon: int, action_dim: int) -> torch.Tensor
     """Standard normal [B, H, D] float32; row b comes from a Philox generator of seeds[b]."""
     noise_BHD = np.empty((len(seeds), horizon, action_dim), np.float32)
     for row_HD, seed in zip(noise_BHD, seeds, strict=True):
-        bits = np.random.Philox(np.random.SeedSequence(seed))
-        np.random.Generator(bits).standard_normal(out=row_HD, dtype=np.float32)
+        _stream(seed).standard_normal(out=row_HD, dtype=np.float32)
     return torch.from_numpy(noise_BHD)
+
+
+def uniform(seeds: list[int], shape: tuple[int, ...]) -> torch.Tensor:
+    """Uniform on [0, 1), [B, *shape] float32; row b comes from a Philox generator of seeds[b]."""
+    rows = [_stream(seed).random(shape, dtype=np.float32) for seed in seeds]
+    return torch.from_numpy(np.stack(rows) if rows else np.empty((0, *shape), np.float32))
 
 
 def step_generators(seeds: list[int]) -> list[torch.Generator]:
@@ -46,3 +51,7 @@ def normal_like(x_BHD: torch.Tensor, generators: Generators) -> torch.Tensor:
         rows = [torch.randn((1, *shape[1:]), generator=g, dtype=dtype) for g in generators]
         return torch.cat(rows).to(x_BHD.device)
     return torch.randn(shape, generator=generators, dtype=dtype).to(x_BHD.device)
+
+
+def _stream(seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))

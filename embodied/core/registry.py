@@ -23,6 +23,8 @@ BUILTIN: dict[str, dict[str, str]] = {
         "diffusion": "policies.diffusion:DiffusionPolicy",
         "act": "policies.act:ACT",
         "gaussian": "policies.gaussian:GaussianPolicy",
+        "autoregressive": "policies.tokens.policy:AutoregressivePolicy",
+        "vla": "policies.vla.policy:VLA",
         "composed": "policies.compose.policy:ComposedPolicy",
         "pooled": "policies.compose.pooled:PooledPolicy",
         "improved": "policies.improved:ImprovedPolicy",
@@ -53,6 +55,11 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "text_encoders": {
         "ngrams": "policies.encoders.ngrams:HashedNgrams",
+        "words": "policies.encoders.words:HashedWords",
+    },
+    "tokenizers": {
+        "bins": "policies.tokens.tokenizers:Bins",
+        "dct": "policies.tokens.tokenizers:DCT",
     },
     "solvers": {
         "ddim": "policies.solvers.diffusion:DDIM",
@@ -139,6 +146,8 @@ OPTIONS: dict[str, dict[str, str]] = {
         "diffusion": "policies.configs:DiffusionConfig",
         "act": "policies.configs:ACTConfig",
         "gaussian": "policies.configs:GaussianConfig",
+        "autoregressive": "policies.tokens.configs:AutoregressiveConfig",
+        "vla": "policies.vla.configs:VLAConfig",
     },
     "networks": {
         "mlp": "policies.configs:MLPConfig",
@@ -151,6 +160,11 @@ OPTIONS: dict[str, dict[str, str]] = {
     },
     "text_encoders": {
         "ngrams": "policies.configs:NgramsConfig",
+        "words": "policies.configs:WordsConfig",
+    },
+    "tokenizers": {
+        "bins": "policies.tokens.configs:BinsConfig",
+        "dct": "policies.tokens.configs:DCTConfig",
     },
     "value_heads": {
         "hl_gauss": "policies.critics.configs:HLGaussConfig",

@@ -1,9 +1,10 @@
-"""From pictures of several cameras to vectors. B batch, T steps, H W height and width, F vector.
+"""From pictures of several cameras to vectors. B batch, T steps, H W height and width, F vector,
+L tokens of a picture.
 
 A picture is uint8 [H, W, 3]; it travels as that to the device and becomes a float there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from embodied.core.errors import ConfigError
 from embodied.core.specs import ArraySpec
 from policies.augmentation import ColourJitter, Crop
 from policies.configs import ImagesConfig
+from policies.encoders.tokens import count_of, tokens_of
 
 STANDARDS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -70,12 +72,36 @@ class ImagesEncoder(nn.Module):
 
         rng: draws crops and colours in training; None for inference.
         """
+        return [v.flatten(1) for v in self._encoded(pictures, rng, lambda encoder, x: encoder(x))]
+
+    def tokens(
+        self, pictures: Mapping[str, torch.Tensor], rng: torch.Generator | None
+    ) -> list[torch.Tensor]:
+        """As `forward`, but [B, T·L, F] for each: the tokens of an encoder that offers them."""
+        return [v.flatten(1, 2) for v in self._encoded(pictures, rng, tokens_of)]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """L by camera."""
+        pairs = zip(self._groups, self.encoders, strict=True)
+        return {key: count_of(encoder) for keys, encoder in pairs for key in keys}
+
+    def _encoded(
+        self,
+        pictures: Mapping[str, torch.Tensor],
+        rng: torch.Generator | None,
+        encode: Callable[[nn.Module, torch.Tensor], torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """What `encode` makes of each camera's pictures, [B, T, …], in the cameras' order."""
         cut = self._crop({key: pictures[key] for key in self.cameras}, rng)
         found = self._jitter({key: x.to(self.mean.dtype) / 255 for key, x in cut.items()}, rng)
-        vectors: list[torch.Tensor] = []
+        encoded: list[torch.Tensor] = []
         for keys, encoder in zip(self._groups, self.encoders, strict=True):
             x_NCHW = torch.cat([found[key].flatten(0, 1) for key in keys])
-            v_NF = encoder((x_NCHW - self.mean) / self.std)
-            parts = v_NF.split([found[key].shape[:2].numel() for key in keys])
-            vectors += [v.reshape(len(found[key]), -1) for key, v in zip(keys, parts, strict=True)]
-        return vectors
+            v = encode(encoder, (x_NCHW - self.mean) / self.std)
+            parts = v.split([found[key].shape[:2].numel() for key in keys])
+            encoded += [
+                part.unflatten(0, found[key].shape[:2])
+                for key, part in zip(keys, parts, strict=True)
+            ]
+        return encoded

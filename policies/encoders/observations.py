@@ -1,4 +1,5 @@
-"""From observations to the vector that conditions a policy. B batch, T history, C conditioning."""
+"""From observations to the vector that conditions a policy, or to tokens. B batch, T history,
+C conditioning, L tokens of a part, F their size."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from embodied.core.instructions import GOAL, TASK
 from embodied.core.specs import PolicySpec
 from policies.configs import ImagesConfig
 from policies.encoders.images import ImagesEncoder
+from policies.encoders.tokens import count_of, tokens_of
 from policies.normalizer import LinearNormalizer, is_image
 
 
@@ -80,13 +82,47 @@ class ObservationEncoder(nn.Module):
 
         rng: draws what pictures undergo in training; None for inference.
         """
-        obs = {
-            key: torch.cat([x, obs[GOAL + key][:, -1:]], dim=1) if GOAL + key in obs else x
-            for key, x in obs.items()
-        }
-        parts = [self.normalizer(key).normalize(obs[key]).flatten(1) for key in self.states]
+        obs = _with_goals(obs)
+        parts = self._states(obs)
         if self.images is not None:
             parts += self.images(obs, rng)
         if self.text is not None:
             parts.append(self.text(obs[TASK][:, -1]))
         return torch.cat(parts, dim=1)
+
+    @property
+    def token_sizes(self) -> list[tuple[int, int]]:
+        """L and F of each part that `tokens` gives."""
+        found = [(1, size) for size in self.sizes[: len(self.states)]]
+        if self.images is not None:
+            features = self.images.features
+            cameras = self.sizes[len(self.states) :]
+            pairs = zip(cameras, self.images.counts.values(), strict=False)
+            found += [(size // features * count, features) for size, count in pairs]
+        if self.text is not None:
+            found.append((count_of(self.text), self.sizes[-1]))
+        return found
+
+    def tokens(
+        self, obs: Mapping[str, torch.Tensor], rng: torch.Generator | None = None
+    ) -> list[torch.Tensor]:
+        """As `forward`, but parts by themselves, [B, L, F] each: one token for a state key, those
+        that the encoder offers for each picture of a camera, and for the instruction."""
+        obs = _with_goals(obs)
+        parts = [state[:, None] for state in self._states(obs)]
+        if self.images is not None:
+            parts += self.images.tokens(obs, rng)
+        if self.text is not None:
+            parts.append(tokens_of(self.text, obs[TASK][:, -1]))
+        return parts
+
+    def _states(self, obs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        return [self.normalizer(key).normalize(obs[key]).flatten(1) for key in self.states]
+
+
+def _with_goals(obs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Goals behind the histories of their keys."""
+    return {
+        key: torch.cat([x, obs[GOAL + key][:, -1:]], dim=1) if GOAL + key in obs else x
+        for key, x in obs.items()
+    }

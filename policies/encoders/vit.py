@@ -16,7 +16,7 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig, shape: tuple[int, int]) -> None:
         """shape: height and width of the pictures, at least one patch."""
         super().__init__()
-        patches = (shape[0] // config.patch) * (shape[1] // config.patch)
+        self.count = patches = (shape[0] // config.patch) * (shape[1] // config.patch)
         if patches == 0:
             raise ConfigError(
                 f"pictures of {shape[0]} × {shape[1]} pixels hold no patch of {config.patch}; "
@@ -34,5 +34,12 @@ class ViT(nn.Module):
 
     def forward(self, x_NCHW: torch.Tensor) -> torch.Tensor:
         """Standardised pictures [N, 3, H, W] → [N, features]."""
+        return self.outlet(self._patches(x_NCHW).mean(dim=1))
+
+    def tokens(self, x_NCHW: torch.Tensor) -> torch.Tensor:
+        """[N, L, features], a token for each patch."""
+        return self.outlet(self._patches(x_NCHW))
+
+    def _patches(self, x_NCHW: torch.Tensor) -> torch.Tensor:
         x_NLF = self.inlet(x_NCHW).flatten(2).transpose(1, 2) + self.positions_LF
-        return self.outlet(self.norm(self.blocks(x_NLF)).mean(dim=1))
+        return self.norm(self.blocks(x_NLF))

@@ -25,6 +25,14 @@ SMALL_CRITIC = {"head": {"name": "scalar"}, "horizon": 4, "members": 3, "width":
 SMALL_ALONE = {
     "act": {"width": 16, "heads": 2, "encoder_depth": 1, "latent_dim": 4},
     "gaussian": {"width": 16},
+    "vla": {
+        "transformer": {"width": 16, "depth": 2, "heads": 2},
+        "expert": {"width": 16, "heads": 2, "time_dim": 16},
+    },
+    "autoregressive": {
+        "tokenizer": {"name": "bins", "bins": 17},
+        "transformer": {"width": 16, "depth": 2, "heads": 2},
+    },
 }
 
 FLAT = ("flow", "diffusion")

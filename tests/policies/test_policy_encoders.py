@@ -11,6 +11,7 @@ from policies.build import build_policy
 from policies.checkpoint import policy_from_state, policy_state
 from policies.compose.build import compose
 from policies.configs import ChunkConfig
+from policies.reading import read_observations
 
 SMALL = {
     "resnet18": {"name": "resnet18", "width": 16, "features": 6, "pooling": "average"},
@@ -23,7 +24,15 @@ TRAINED = [n for n in names("policies") if issubclass(resolve("policies", n).Con
 """Policies with an encoder of their own."""
 
 
-ALONE = {"act": {"width": 16, "heads": 2, "encoder_depth": 1}, "gaussian": {"width": 16}}
+ALONE = {
+    "act": {"width": 16, "heads": 2, "encoder_depth": 1},
+    "gaussian": {"width": 16},
+    "autoregressive": {"transformer": {"width": 16, "depth": 1, "heads": 2}},
+    "vla": {
+        "transformer": {"width": 16, "depth": 1, "heads": 2},
+        "expert": {"width": 16, "heads": 2},
+    },
+}
 
 
 def device(**pictures):
@@ -187,6 +196,11 @@ def test_pictures_are_standardised_as_stated(make):
         assert seen[-1][:, 0].unique().item() == pytest.approx(low, rel=1e-6)
 
 
+def parts(made, obs):
+    found = made.encoder(read_observations(obs, made.spec, made.device))
+    return found.split(made.encoder.sizes, dim=1)
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_goal_is_one_more_step_behind_the_history_of_its_key(make, name):
     spec = device(left=20, right=20)
@@ -196,12 +210,11 @@ def test_a_goal_is_one_more_step_behind_the_history_of_its_key(make, name):
     obs |= {f"goal.{key}": goals[key] for key in ("observation.state", LEFT)}
     assert made.encoder.sizes == [3 * 3, 3 * 6, 2 * 6]
     assert made.normalized_keys == ("observation.state",)
-    state, left, _ = made.encode(obs).split(made.encoder.sizes, dim=1)
+    state, left, _ = parts(made, obs)
     torch.testing.assert_close(
         state[:, 6:] * 2, torch.from_numpy(goals["observation.state"][:, -1])
     )
-    there = made.encode({**obs, LEFT: np.repeat(obs["goal." + LEFT][:, -1:], 2, 1)})
-    there = there.split(made.encoder.sizes, dim=1)[1]
+    there = parts(made, {**obs, LEFT: np.repeat(obs["goal." + LEFT][:, -1:], 2, 1)})[1]
     torch.testing.assert_close(there[:, :6], left[:, 12:], atol=1e-5, rtol=0)
     assert not torch.allclose(left[:, :6], left[:, 12:], atol=1e-5)
     seed = np.arange(3)
