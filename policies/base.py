@@ -19,7 +19,7 @@ from policies import noise
 from policies.acting import RtcConfig, WarmStartConfig
 from policies.arrays import put_prefix, shifted
 from policies.chunk import ChunkPolicy, valid_mean
-from policies.configs import PolicyConfig
+from policies.configs import ChunkConfig, PolicyConfig
 from policies.conversions import Scalar
 from policies.guidance import Goal, check_delay, guided, soft_mask
 from policies.networks.stages import Cond, prepare
@@ -30,7 +30,7 @@ from policies.solvers.base import Denoise, Solver
 PREPARED_ROWS = 64
 
 
-C = TypeVar("C", bound=PolicyConfig)
+C = TypeVar("C", bound=ChunkConfig)
 
 
 class GenerativePolicy(ChunkPolicy[C]):
@@ -59,9 +59,14 @@ class GenerativePolicy(ChunkPolicy[C]):
     def __init__(self, spec: PolicySpec, config: C) -> None:
         """See ChunkPolicy."""
         super().__init__(spec, config)
-        network, options = component("networks", config.network, "policy.network")
+        self.network: nn.Module = self.make_network()
+
+    def make_network(self) -> nn.Module:
+        """The configured network, untrained."""
+        assert isinstance(self.config, PolicyConfig), "a network of its own has to be made here"
+        network, options = component("networks", self.config.network, "policy.network")
         dim = self.encoder.dim + self.extra_dim
-        self.network: nn.Module = network(options, spec.action.size, spec.horizon, dim)
+        return network(options, self.spec.action.size, self.spec.horizon, dim)
 
     def integrate(
         self,
@@ -129,6 +134,13 @@ class GenerativePolicy(ChunkPolicy[C]):
         log_snr: [B], or a float for all rows, which is faster.
         """
 
+    def drawn(self, cond: Any, source: list[int] | torch.Generator) -> Any:
+        """The conditioning with what a decision draws beside the noise of its chunk: nothing.
+
+        source: the rows' seeds, or where noise for all of them comes from.
+        """
+        return cond
+
     def init(self, batch: int) -> Carry:
         """No chunk is known yet."""
         shape = (batch, self.spec.horizon, self.spec.action.size)
@@ -155,6 +167,7 @@ class GenerativePolicy(ChunkPolicy[C]):
         cond_BC = self.encode(obs)
         seeds = noise.check_seeds(seed, len(cond_BC))
         start_BHD = noise.start_noise(seeds, self.spec.horizon, self.spec.action.size)
+        cond_BC = self.drawn(cond_BC, seeds)
         generators = noise.step_generators(seeds) if self.solver.stochastic else None
         carry = self.init(len(seeds)) if carry is None else carry
         goal = None if prefix is None else self._goal(prefix, carry)
@@ -173,7 +186,7 @@ class GenerativePolicy(ChunkPolicy[C]):
         rng = torch.Generator("cpu").manual_seed(seed % 2**63)
         shape = (self.spec.horizon, self.spec.action.size)
         start_BHD = torch.randn((len(cond_BC), *shape), generator=rng)
-        x_BHD = self.integrate(start_BHD.to(self.low_D), cond_BC, rng)
+        x_BHD = self.integrate(start_BHD.to(self.low_D), self.drawn(cond_BC, rng), rng)
         return self._actions(x_BHD).unflatten(0, (-1, n))
 
     def loss(self, batch: Mapping[str, Array]) -> tuple[torch.Tensor, dict[str, float]]:

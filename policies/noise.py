@@ -1,4 +1,4 @@
-"""Noise that depends on a row's seed alone. Shapes: B batch, H chunk, D action."""
+"""Noise that depends on a row's seed alone. Shapes: B batch, H chunk, D action, N numbers."""
 
 import numpy as np
 import torch
@@ -27,6 +27,15 @@ def start_noise(seeds: list[int], horizon: int, action_dim: int) -> torch.Tensor
         bits = np.random.Philox(np.random.SeedSequence(seed))
         np.random.Generator(bits).standard_normal(out=row_HD, dtype=np.float32)
     return torch.from_numpy(noise_BHD)
+
+
+def further_noise(seeds: list[int], size: int) -> torch.Tensor:
+    """Standard normal [B, size] float32, independent of `start_noise` of the same seeds."""
+    noise_BN = np.empty((len(seeds), size), np.float32)
+    for row_N, seed in zip(noise_BN, seeds, strict=True):
+        bits = np.random.Philox(np.random.SeedSequence([seed, 2]))
+        np.random.Generator(bits).standard_normal(out=row_N, dtype=np.float32)
+    return torch.from_numpy(noise_BN)
 
 
 def step_generators(seeds: list[int]) -> list[torch.Generator]:

@@ -21,7 +21,7 @@ class ModulatedBlock(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.attention = Attention(width, heads, qk_norm=qk_norm)
         self.feed_forward = FeedForward(width)
-        self.modulation = _zeros(nn.Linear(width, 6 * width))
+        self.modulation = zeroed(nn.Linear(width, 6 * width))
 
     def forward(self, x_BHW: torch.Tensor, modulation_BM: torch.Tensor) -> torch.Tensor:
         """[B, H, W]; modulation_BM: what `modulation` made of the context, M = 6 W."""
@@ -57,8 +57,8 @@ class DiT(nn.Module):
             ModulatedBlock(width, config.heads, qk_norm=config.qk_norm) for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.modulation = _zeros(nn.Linear(width, 2 * width))
-        self.outlet = _zeros(nn.Linear(width, action_dim))
+        self.modulation = zeroed(nn.Linear(width, 2 * width))
+        self.outlet = zeroed(nn.Linear(width, action_dim))
 
     def forward(
         self, x_BHD: torch.Tensor, time_B: torch.Tensor, cond_BC: torch.Tensor
@@ -83,7 +83,8 @@ class DiT(nn.Module):
         return self.outlet(self.norm(x_BHW) * (1 + scale) + shift)
 
 
-def _zeros(layer: nn.Linear) -> nn.Linear:
+def zeroed(layer: nn.Linear) -> nn.Linear:
+    """The layer, giving 0 until it is trained."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer

@@ -10,14 +10,14 @@ from embodied.core.protocols import Denoiser, Prediction
 from embodied.core.registry import names, resolve
 from policies.base import GenerativePolicy
 from policies.checkpoint import policy_from_state, policy_state
-from policies.chunk import ChunkPolicy
+from policies.configs import ChunkConfig, PolicyConfig
 from policies.conversions import epsilon_of
 
 
 def networks(policy):
     """Those that a policy can have, its members' in case of a composition."""
-    cls = resolve("policies", policy)
-    alone = issubclass(cls, ChunkPolicy) and not issubclass(cls, GenerativePolicy)
+    options = resolve("policies", policy).Config
+    alone = issubclass(options, ChunkConfig) and not issubclass(options, PolicyConfig)
     return ("",) if alone else names("networks")
 
 

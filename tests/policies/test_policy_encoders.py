@@ -23,7 +23,11 @@ TRAINED = [n for n in names("policies") if issubclass(resolve("policies", n).Con
 """Policies with an encoder of their own."""
 
 
-ALONE = {"act": {"width": 16, "heads": 2, "encoder_depth": 1}, "gaussian": {"width": 16}}
+ALONE = {
+    "act": {"width": 16, "heads": 2, "encoder_depth": 1},
+    "gaussian": {"width": 16},
+    "uwm": {"width": 16, "depth": 1, "heads": 2, "time_dim": 16},
+}
 
 
 def device(**pictures):

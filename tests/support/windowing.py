@@ -90,6 +90,12 @@ def reference(steps, t, spec, is_selected):
         sample["discount"] = np.float32(spec.discount ** len(taken) if alive else 0)
         for key in spec.observation_keys:
             sample["next." + key] = history(steps, t + len(taken), spec.n_obs_steps, key)
+    if spec.future:
+        ends = len(acted)
+        for key in spec.future_keys:
+            later = [steps[min(t + k, ends)].observation[key] for k in spec.future]
+            sample["future." + key] = np.stack(later)
+        sample["future_is_pad"] = np.array([t + k > ends for k in spec.future])
     dtypes = {"policy_version": np.int64, "t_ns": np.int64}
     for name in spec.metadata:
         sample[name] = np.array(getattr(steps[t], name), dtypes.get(name, np.bool_))

@@ -12,14 +12,22 @@ from embodied.buffer.sample.windows import METADATA, WindowIndex, WindowSpec
 from embodied.core.errors import ConfigError
 
 SPECS = st.builds(
-    lambda to, h, n, discount, metadata: WindowSpec(
-        to, h, (STATE, IMAGE), n, discount if n else 1.0, metadata
+    lambda to, h, n, discount, metadata, future: WindowSpec(
+        to,
+        h,
+        (STATE, IMAGE),
+        n,
+        discount if n else 1.0,
+        metadata,
+        future=future,
+        future_keys=(IMAGE, STATE)[: len(future)],
     ),
     st.integers(1, 4),
     st.integers(1, 6),
     st.integers(0, 7),
     st.sampled_from([0.0, 0.5, 0.9, 1.0]),
     st.sampled_from([(), METADATA, ("t_ns",)]),
+    st.sampled_from([(), (3,), (1, 4)]),
 )
 SELECTIONS = {
     "all": (select_all, lambda s: True),
@@ -150,6 +158,10 @@ def test_growing_array(parts):
         ({"observation_keys": ("a", "b", "a")}, "name one twice"),
         ({"observation_keys": ("next.a",)}, r"\['next.a'\] are names of other arrays"),
         ({"observation_keys": ("weight",)}, "names of other arrays"),
+        ({"observation_keys": ("future.a",)}, "names of other arrays"),
+        ({"future": (1,)}, "give both or neither"),
+        ({"future": (0,), "future_keys": (STATE,)}, "offsets of at least 1"),
+        ({"future": (1,), "future_keys": ("a",)}, r"future_keys \['a'\] are not among"),
     ],
 )
 def test_unusable_specs(fields, message):
