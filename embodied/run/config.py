@@ -271,6 +271,7 @@ def _check_policy(config: TrainConfig) -> None:
     for key in options.goals:
         if key not in keys:
             raise unknown("key in policy.goals", key, keys)
+    options.future_keys(keys)
     if options.goals and found.make_expert(task, device) is None:
         raise ConfigError(
             f"policy.goals is {list(options.goals)}: the goals of evaluations are what the task's "
