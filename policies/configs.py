@@ -193,7 +193,8 @@ class UWMConfig(ChunkConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     predicts: observation keys that are predicted, all that the policy reads if none is named.
     next_after: whether the first predicted observation follows the whole chunk, or the
     n_action_steps of it that are executed; next_obs_steps: how many successive ones there are.
-    next_weight: of their loss, beside the action's 1.
+    next_weight: of their loss, beside the action's 1. latents: what pictures among them are
+    predicted as, a registered name and its options.
 
     marginal_step: the diffusion's training step that a modality is taken to be at which is not
     known and not wanted, its value being pure noise; null is the last, where that is exact. The
@@ -213,6 +214,7 @@ class UWMConfig(ChunkConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     next_after: Literal["chunk", "executed"] = "chunk"
     next_obs_steps: Count = 1
     next_weight: Annotated[float, msgspec.Meta(ge=0)] = 1.0
+    latents: dict[str, Any] = msgspec.field(default_factory=lambda: {"name": "patches"})
     marginal_step: Annotated[int, msgspec.Meta(ge=0)] | None = None
     action_free: Literal["masked", "unmasked"] = "masked"
     width: Annotated[int, msgspec.Meta(ge=8, le=4096)] = 128
@@ -259,6 +261,10 @@ class UWMConfig(ChunkConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             if key not in keys:
                 raise unknown("key in policy.predicts", key, keys)
         return self.predicts or tuple(keys)
+
+    def parts(self) -> list[tuple[str, Any, str]]:
+        """See ChunkConfig."""
+        return [*super().parts(), ("latents", self.latents, "policy.latents")]
 
     def solver_config(self) -> DiffusionSolverConfig:
         """The diffusion's solver."""
@@ -389,6 +395,16 @@ class ViTConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         """Raise ConfigError for a width that the heads cannot share."""
         _check_heads(self.width, self.heads)
+
+
+class PatchesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Sizes of pixel patches.
+
+    patch: side in pixels. shrink: by how much pictures are made smaller before, averaging.
+    """
+
+    patch: Annotated[int, msgspec.Meta(ge=1, le=64)] = 12
+    shrink: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
 
 
 class NgramsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

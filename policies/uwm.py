@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from embodied.buffer.sample.windows import FUTURE, FUTURE_IS_PAD
+from embodied.core.config import component
 from embodied.core.errors import SpecError
 from embodied.core.protocols import Prediction
 from embodied.core.registry import unknown
@@ -34,7 +35,7 @@ from policies.networks.joint import JointTransformer
 from policies.networks.stages import Cond, evaluate
 from policies.next_observation import NextObservation
 from policies.noise import Generators
-from policies.reading import Array, read
+from policies.reading import Array, read, read_observations
 from policies.solvers.base import Solver
 
 ACTIONS, NEXT_OBS = "actions", "next_obs"
@@ -69,7 +70,11 @@ class UWM(GenerativePolicy[UWMConfig]):
     def make_network(self) -> JointTransformer:
         """See GenerativePolicy."""
         keys = self.config.future_keys(self.spec.observation)
-        self.next = NextObservation(self.spec, keys, len(self.config.future))
+        make, options = component("latents", self.config.latents, "policy.latents")
+        images = self.encoder.images
+        sizes = {} if images is None else images.sizes
+        latents = {key: make(options, sizes[key]) for key in keys if key in sizes}
+        self.next = NextObservation(self.spec, keys, len(self.config.future), latents)
         size, horizon = self.spec.action.size, self.spec.horizon
         return JointTransformer(self.config, size, horizon, self.next.groups, self.encoder.dim)
 
@@ -160,7 +165,8 @@ class UWM(GenerativePolicy[UWMConfig]):
         obs: as of `act`. actions [B, H, D], next_obs: each predicted key [B, S, …], in device
         units, as what is returned. seed: integers [B]; a row depends on its own alone. Where next
         observations are neither given nor wanted, the actions are those of `act`. SpecError for
-        what is both given and wanted, and for arrays that do not fit.
+        what is both given and wanted, and for arrays that do not fit. Of pictures [B, S, H, W, 3]
+        the window in the centre counts (images.crop), and comes back.
         """
         given = {ACTIONS: actions, NEXT_OBS: next_obs}
         known = sorted(name for name, value in given.items() if value is not None)
@@ -245,11 +251,13 @@ class UWM(GenerativePolicy[UWMConfig]):
     def _read_later(self, source: Mapping[str, Array], prefix: str, rows: int) -> Later:
         """The later observations [B, S, …] in device units by key."""
         steps = len(self.config.future)
-        shapes = {key: self.spec.observation[key].shape for key in self.next.keys}
-        return {
-            key: read(source, prefix + key, (rows, steps, *shape), self.device)
-            for key, shape in shapes.items()
-        }
+        found: Later = {}
+        for key in self.next.keys:
+            shape = (rows, steps, *self.spec.observation[key].shape)
+            found[key] = read(source, prefix + key, shape, self.device)
+            if key in self.next.cameras and found[key].dtype != torch.uint8:
+                raise SpecError(f"{prefix}{key} is {found[key].dtype}; uint8 is right")
+        return found
 
     def _read_next(
         self, obs: Mapping[str, Array], next_obs: Mapping[str, Array] | None
@@ -262,26 +270,42 @@ class UWM(GenerativePolicy[UWMConfig]):
             if key not in self.next.keys:
                 raise SpecError(str(unknown("key of next_obs", key, self.next.keys)))
         later = self._read_later(next_obs, "", len(seen_BC))
-        return seen_BC, _finite(self._tokens(later), NEXT_OBS)
+        views: Later = {}
+        if self.encoder.images is not None:
+            views = self.encoder.images.views(self._pictures(later), None)
+        return seen_BC, _finite(self._tokens(later, views), NEXT_OBS)
 
     def _read_batch(
         self, batch: Mapping[str, Array]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What was observed [B, C], the next observation [B, N], and which rows have none [B]."""
-        seen_BC = self._condition(batch, self._training_rng)
-        rows, steps = len(seen_BC), len(self.config.future)
+        obs = read_observations(batch, self.spec, self.device)
+        rows, steps = len(next(iter(obs.values()))), len(self.config.future)
         unseen_B = read(batch, FUTURE_IS_PAD, (rows, steps), self.device).bool().any(dim=1)
-        next_BN = self._tokens(self._read_later(batch, FUTURE, rows))
+        later = self._read_later(batch, FUTURE, rows)
+        pictures = self._pictures(later)
+        seen_BC, views = self.encoder.with_later(obs, pictures, self._training_rng)
+        next_BN = self._tokens(later, views)
         return seen_BC, _finite(next_BN.masked_fill(unseen_B[:, None], 0.0), FUTURE), unseen_B
 
-    def _tokens(self, later: Later) -> torch.Tensor:
-        normalised = {key: self.encoder.normalizer(key).normalize(x) for key, x in later.items()}
-        return self.next.encode(normalised)
+    def _pictures(self, later: Later) -> Later:
+        return {key: later[key] for key in self.next.cameras}
+
+    def _tokens(self, later: Later, views: Later) -> torch.Tensor:
+        """[B, N]; views: of the pictures."""
+        states = later.keys() - views.keys()
+        normalised = {key: self.encoder.normalizer(key).normalize(later[key]) for key in states}
+        return self.next.encode(normalised | views)
 
     def _observations(self, next_BN: torch.Tensor) -> Later:
-        """The next observation by key, in device units."""
+        """The next observation by key, in device units; pictures [B, S, h, w, 3] as seen."""
         found = self.next.decode(next_BN)
-        return {key: self.encoder.normalizer(key).unnormalize(x) for key, x in found.items()}
+        for key, x in found.items():
+            if key in self.next.cameras:
+                found[key] = (255 * x).round().to(torch.uint8).movedim(2, -1)
+            else:
+                found[key] = self.encoder.normalizer(key).unnormalize(x)
+        return found
 
 
 def _finite(x_BN: torch.Tensor, what: str) -> torch.Tensor:

@@ -55,6 +55,9 @@ BUILTIN: dict[str, dict[str, str]] = {
     "text_encoders": {
         "ngrams": "policies.encoders.ngrams:HashedNgrams",
     },
+    "latents": {
+        "patches": "policies.latents:Patches",
+    },
     "solvers": {
         "ddim": "policies.solvers.diffusion:DDIM",
         "ddpm": "policies.solvers.diffusion:DDPM",
@@ -152,6 +155,9 @@ OPTIONS: dict[str, dict[str, str]] = {
     },
     "text_encoders": {
         "ngrams": "policies.configs:NgramsConfig",
+    },
+    "latents": {
+        "patches": "policies.configs:PatchesConfig",
     },
     "value_heads": {
         "hl_gauss": "policies.critics.configs:HLGaussConfig",

@@ -32,7 +32,7 @@ class ImagesEncoder(nn.Module):
     ) -> None:
         """cameras: specs by observation key, [H, W, 3]; they may differ unless shared.
 
-        where: what the options are part of.
+        where: what the options are part of. sizes: of the pictures as they are seen.
         """
         super().__init__()
         for key, spec in cameras.items():
@@ -56,6 +56,7 @@ class ImagesEncoder(nn.Module):
                 f"{where}.images.shared needs cameras of one size, these have {sizes}; set it to "
                 "false, or let the cameras agree"
             )
+        self.sizes = cut
         encoder, options = component("encoders", config.encoder, f"{where}.images.encoder")
         self.encoders = nn.ModuleList(encoder(options, cut[group[0]]) for group in self._groups)
         self.features: int = options.features
@@ -70,8 +71,18 @@ class ImagesEncoder(nn.Module):
 
         rng: draws crops and colours in training; None for inference.
         """
-        cut = self._crop({key: pictures[key] for key in self.cameras}, rng)
-        found = self._jitter({key: x.to(self.mean.dtype) / 255 for key, x in cut.items()}, rng)
+        return self.encode(self.views({key: pictures[key] for key in self.cameras}, rng))
+
+    def views(
+        self, pictures: Mapping[str, torch.Tensor], rng: torch.Generator | None
+    ) -> dict[str, torch.Tensor]:
+        """Pictures as they are seen, cut and coloured: uint8 [B, T, H, W, 3] of some cameras →
+        [B, T, 3, h, w] in 0..1."""
+        cut = self._crop(pictures, rng)
+        return self._jitter({key: x.to(self.mean.dtype) / 255 for key, x in cut.items()}, rng)
+
+    def encode(self, found: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Views of all cameras → [B, T·F] for each, in the cameras' order."""
         vectors: list[torch.Tensor] = []
         for keys, encoder in zip(self._groups, self.encoders, strict=True):
             x_NCHW = torch.cat([found[key].flatten(0, 1) for key in keys])

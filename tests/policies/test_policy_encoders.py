@@ -26,7 +26,13 @@ TRAINED = [n for n in names("policies") if issubclass(resolve("policies", n).Con
 ALONE = {
     "act": {"width": 16, "heads": 2, "encoder_depth": 1},
     "gaussian": {"width": 16},
-    "uwm": {"width": 16, "depth": 1, "heads": 2, "time_dim": 16},
+    "uwm": {
+        "width": 16,
+        "depth": 1,
+        "heads": 2,
+        "time_dim": 16,
+        "latents": {"name": "patches", "patch": 3},
+    },
 }
 
 
@@ -70,7 +76,9 @@ def batch_of(spec, **options):
     obs = observations(spec, **options)
     n = len(next(iter(obs.values())))
     action = np.random.default_rng(1).uniform(-1, 1, (n, 4, 2)).astype(np.float32)
-    return {**obs, "action": action, "action_is_pad": np.zeros((n, 4), bool)}
+    later = {f"future.{key}": x[:, :1] for key, x in obs.items() if key != TASK}
+    pads = {"action_is_pad": np.zeros((n, 4), bool), "future_is_pad": np.zeros((n, 1), bool)}
+    return {**obs, "action": action, **later, **pads}
 
 
 @pytest.mark.parametrize("size", [(16, 16), (84, 84), (37, 50)])
@@ -200,12 +208,13 @@ def test_a_goal_is_one_more_step_behind_the_history_of_its_key(make, name):
     obs |= {f"goal.{key}": goals[key] for key in ("observation.state", LEFT)}
     assert made.encoder.sizes == [3 * 3, 3 * 6, 2 * 6]
     assert made.normalized_keys == ("observation.state",)
-    state, left, _ = made.encode(obs).split(made.encoder.sizes, dim=1)
+    dim, sizes = made.encoder.dim, made.encoder.sizes
+    state, left, _ = made.encode(obs)[:, :dim].split(sizes, dim=1)
     torch.testing.assert_close(
         state[:, 6:] * 2, torch.from_numpy(goals["observation.state"][:, -1])
     )
     there = made.encode({**obs, LEFT: np.repeat(obs["goal." + LEFT][:, -1:], 2, 1)})
-    there = there.split(made.encoder.sizes, dim=1)[1]
+    there = there[:, :dim].split(sizes, dim=1)[1]
     torch.testing.assert_close(there[:, :6], left[:, 12:], atol=1e-5, rtol=0)
     assert not torch.allclose(left[:, :6], left[:, 12:], atol=1e-5)
     seed = np.arange(3)
