@@ -23,7 +23,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "diffusion": "policies.diffusion:DiffusionPolicy",
         "act": "policies.act:ACT",
         "gaussian": "policies.gaussian:GaussianPolicy",
-        "uwm": "policies.uwm:UWM",
+        "uwm": "policies.world.uwm:UWM",
         "composed": "policies.compose.policy:ComposedPolicy",
         "pooled": "policies.compose.pooled:PooledPolicy",
         "improved": "policies.improved:ImprovedPolicy",
@@ -56,7 +56,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "ngrams": "policies.encoders.ngrams:HashedNgrams",
     },
     "latents": {
-        "patches": "policies.latents:Patches",
+        "patches": "policies.world.latents:Patches",
     },
     "solvers": {
         "ddim": "policies.solvers.diffusion:DDIM",
@@ -142,7 +142,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "diffusion": "policies.configs:DiffusionConfig",
         "act": "policies.configs:ACTConfig",
         "gaussian": "policies.configs:GaussianConfig",
-        "uwm": "policies.configs:UWMConfig",
+        "uwm": "policies.world.configs:UWMConfig",
     },
     "networks": {
         "mlp": "policies.configs:MLPConfig",
@@ -157,7 +157,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "ngrams": "policies.configs:NgramsConfig",
     },
     "latents": {
-        "patches": "policies.configs:PatchesConfig",
+        "patches": "policies.world.configs:PatchesConfig",
     },
     "value_heads": {
         "hl_gauss": "policies.critics.configs:HLGaussConfig",

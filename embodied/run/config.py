@@ -279,8 +279,7 @@ def _check_policy(config: TrainConfig) -> None:
         )
     if options.language is not None:
         encoder = core_config.options_of("text_encoders", options.language, "policy.language")
-        words = [found.make_task(task, config.sim).instruction, *config.instructions.values()]
-        for text in words:
+        for text in (found.make_task(task, config.sim).instruction, *config.instructions.values()):
             encode_instruction(text, encoder.max_bytes)
 
 

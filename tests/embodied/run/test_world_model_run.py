@@ -48,3 +48,21 @@ def test_a_run_learns_both_and_acts(tmp_path):
     assert run.read("metrics", "evaluation")[-1]["episodes"] == 2
     policy, _, _ = stored_policy(run.path)
     assert policy.name == "uwm" and policy.config.future == (4,)
+
+
+def test_a_run_predicts_pictures(tmp_path):
+    eyes = [
+        "sim.cameras=[top]",
+        "sim.image_size=24",
+        "policy/images=vit",
+        "policy.images.crop=1.0",
+        "+policy.images.encoder={patch: 6, width: 16, depth: 1, heads: 2, features: 16}",
+        "+policy.latents.patch=4",
+        "+policy.latents.shrink=2",
+        "observations=[observation.state, 'observation.images.*']",
+        "algorithm=bc",
+        "learner.precision=bfloat16",
+    ]
+    assert main(["train", *SMALL, *eyes, f"run.dir={tmp_path / 'run'}"]) == 0
+    policy, _, _ = stored_policy(tmp_path / "run")
+    assert policy.next.groups == ((1, 2), (9, 48))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from embodied.core.specs import PolicySpec
-from policies.latents import Latents
+from policies.world.latents import Latents
 
 
 class NextObservation(nn.Module):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from embodied.core.errors import ConfigError
-from policies.configs import PatchesConfig
+from policies.world.configs import PatchesConfig
 
 
 class Latents(nn.Module):

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from embodied.core.protocols import Parameterisation
-from policies.configs import UWMConfig
 from policies.conversions import Scalar, flow_time, signal_noise
 from policies.schedule import Schedule
 from policies.solvers.base import Solver
 from policies.solvers.diffusion import DDIM
 from policies.solvers.flow import Euler, FlowSolverConfig
+from policies.world.configs import UWMConfig
 
 
 class Form(nn.Module):

@@ -28,15 +28,15 @@ from embodied.core.specs import PolicySpec
 from policies import noise
 from policies.base import GenerativePolicy
 from policies.chunk import valid_mean
-from policies.configs import UWMConfig
 from policies.conversions import Scalar
-from policies.forms import FORMS, Form
-from policies.networks.joint import JointTransformer
 from policies.networks.stages import Cond, evaluate
-from policies.next_observation import NextObservation
 from policies.noise import Generators
 from policies.reading import Array, read, read_observations
 from policies.solvers.base import Solver
+from policies.world.configs import UWMConfig
+from policies.world.forms import FORMS, Form
+from policies.world.joint import JointTransformer
+from policies.world.next_observation import NextObservation
 
 ACTIONS, NEXT_OBS = "actions", "next_obs"
 _BOTH = (ACTIONS, NEXT_OBS)
@@ -130,7 +130,7 @@ class UWM(GenerativePolicy[UWMConfig]):
         noise_BK, noise_BN = (
             torch.randn(clean.shape, generator=rng).to(clean) for clean in (clean_BK, clean_next_BN)
         )
-        time_B, next_time_B = (form.draw_times(len(seen_BC), rng).to(seen_BC) for _ in _BOTH)
+        time_B, next_time_B = (form.draw_times(len(seen_BC), rng).to(clean_BHD) for _ in _BOTH)
         x_BK, target_BK = self._noised(clean_BK, noise_BK, time_B, idle_B)
         next_BN, next_target_BN = self._noised(clean_next_BN, noise_BN, next_time_B, unseen_B)
         network: Any = self.network

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from policies.configs import UWMConfig
 from policies.networks.dit import ModulatedBlock, zeroed
 from policies.networks.stages import Context
 from policies.networks.time import SinusoidalTime
+from policies.world.configs import UWMConfig
 
 
 class JointTransformer(nn.Module):
