@@ -134,6 +134,13 @@ class GenerativePolicy(ChunkPolicy[C]):
         log_snr: [B], or a float for all rows, which is faster.
         """
 
+    def drawn(self, cond: Any, source: list[int] | torch.Generator) -> Any:
+        """The conditioning with what a decision draws beside the noise of its chunk: nothing.
+
+        source: the rows' seeds, or where noise for all of them comes from.
+        """
+        return cond
+
     def init(self, batch: int) -> Carry:
         """No chunk is known yet."""
         shape = (batch, self.spec.horizon, self.spec.action.size)
@@ -160,6 +167,7 @@ class GenerativePolicy(ChunkPolicy[C]):
         cond_BC = self.encode(obs)
         seeds = noise.check_seeds(seed, len(cond_BC))
         start_BHD = noise.start_noise(seeds, self.spec.horizon, self.spec.action.size)
+        cond_BC = self.drawn(cond_BC, seeds)
         generators = noise.step_generators(seeds) if self.solver.stochastic else None
         carry = self.init(len(seeds)) if carry is None else carry
         goal = None if prefix is None else self._goal(prefix, carry)
@@ -178,7 +186,7 @@ class GenerativePolicy(ChunkPolicy[C]):
         rng = torch.Generator("cpu").manual_seed(seed % 2**63)
         shape = (self.spec.horizon, self.spec.action.size)
         start_BHD = torch.randn((len(cond_BC), *shape), generator=rng)
-        x_BHD = self.integrate(start_BHD.to(self.low_D), cond_BC, rng)
+        x_BHD = self.integrate(start_BHD.to(self.low_D), self.drawn(cond_BC, rng), rng)
         return self._actions(x_BHD).unflatten(0, (-1, n))
 
     def loss(self, batch: Mapping[str, Array]) -> tuple[torch.Tensor, dict[str, float]]:

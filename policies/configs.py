@@ -3,6 +3,7 @@
 The registry says which class of options belongs to which name (`embodied.core.registry.OPTIONS`).
 """
 
+from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -60,6 +61,16 @@ class ChunkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     has_density: ClassVar[bool] = False
     """Whether the policy knows the density of what it draws, and has gradients of both (as
     `rsample` of the Gaussian policy)."""
+
+    @property
+    def future(self) -> tuple[int, ...]:
+        """How many steps after the newest observation those are that the policy learns to predict;
+        none, unless it is a world model."""
+        return ()
+
+    def future_keys(self, observation_keys: Iterable[str]) -> tuple[str, ...]:
+        """Which of the observations it learns to predict."""
+        return ()
 
     def parts(self) -> list[tuple[str, Any, str]]:
         """The components that the options name: registry kind, name with options, and where."""

@@ -1,7 +1,5 @@
 """Denoising diffusion. Shapes: B batch, H chunk, D action, C conditioning, N training steps."""
 
-from bisect import bisect_left
-
 import msgspec
 import torch
 
@@ -12,6 +10,7 @@ from policies.base import GenerativePolicy
 from policies.configs import DiffusionConfig
 from policies.conversions import Scalar
 from policies.networks.stages import Cond, evaluate
+from policies.schedule import Schedule
 from policies.solvers.diffusion import DiffusionSolver
 
 PARAMETERISATIONS: dict[str, Parameterisation] = {
@@ -30,17 +29,16 @@ class DiffusionPolicy(GenerativePolicy[DiffusionConfig]):
     name = "diffusion"
     Config = DiffusionConfig
 
-    alpha_bar_N: torch.Tensor
-    rising_log_snr_N: torch.Tensor
-
     def __init__(self, spec: PolicySpec, config: DiffusionConfig) -> None:
         """Also makes the solver, on the schedule that the network is trained on."""
         super().__init__(spec, config)
         self.solver = solver = self.make_solver()
-        self.register_buffer("alpha_bar_N", solver.alpha_bar_N.clone(), persistent=False)
-        rising_N = torch.logit(solver.alpha_bar_N.double()).flip(0)
-        self._rising_log_snrs: list[float] = rising_N.tolist()
-        self.register_buffer("rising_log_snr_N", rising_N.float(), persistent=False)
+        self.schedule = Schedule(solver.alpha_bar_N)
+
+    @property
+    def alpha_bar_N(self) -> torch.Tensor:
+        """ᾱ by training step."""
+        return self.schedule.alpha_bar_N
 
     def make_solver(self, num_steps: int | None = None) -> DiffusionSolver:
         """See GenerativePolicy."""
@@ -76,16 +74,4 @@ class DiffusionPolicy(GenerativePolicy[DiffusionConfig]):
 
     def time_of(self, log_snr: Scalar) -> Scalar:
         """The network's time, interpolated between those that it is trained on."""
-        if isinstance(log_snr, torch.Tensor):
-            return self._times(log_snr)
-        grid = self._rising_log_snrs
-        right = min(max(bisect_left(grid, log_snr), 1), len(grid) - 1)
-        part = (log_snr - grid[right - 1]) / (grid[right] - grid[right - 1])
-        return (len(grid) - right - min(max(part, 0.0), 1.0)) / len(grid)
-
-    def _times(self, log_snr_B: torch.Tensor) -> torch.Tensor:
-        grid_N = self.rising_log_snr_N
-        right_B = torch.searchsorted(grid_N, log_snr_B.to(grid_N)).clamp(1, len(grid_N) - 1)
-        low_B, high_B = grid_N[right_B - 1], grid_N[right_B]
-        part_B = ((log_snr_B - low_B) / (high_B - low_B)).clamp(0, 1)
-        return (len(grid_N) - right_B - part_B) / len(grid_N)
+        return self.schedule.time_of(log_snr)

@@ -1,4 +1,4 @@
-"""Noise that depends on a row's seed alone. Shapes: B batch, H chunk, D action."""
+"""Noise that depends on a row's seed alone. Shapes: B batch, H chunk, D action, N numbers."""
 
 import numpy as np
 import torch
@@ -34,6 +34,14 @@ def uniform(seeds: list[int], shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(np.stack(rows) if rows else np.empty((0, *shape), np.float32))
 
 
+def further_noise(seeds: list[int], size: int) -> torch.Tensor:
+    """Standard normal [B, size] float32, independent of `start_noise` of the same seeds."""
+    noise_BN = np.empty((len(seeds), size), np.float32)
+    for row_N, seed in zip(noise_BN, seeds, strict=True):
+        _stream([seed, 2]).standard_normal(out=row_N, dtype=np.float32)
+    return torch.from_numpy(noise_BN)
+
+
 def step_generators(seeds: list[int]) -> list[torch.Generator]:
     """One CPU generator per row, for the noise a stochastic sampler adds after the start."""
     return [
@@ -53,5 +61,5 @@ def normal_like(x_BHD: torch.Tensor, generators: Generators) -> torch.Tensor:
     return torch.randn(shape, generator=generators, dtype=dtype).to(x_BHD.device)
 
 
-def _stream(seed: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
+def _stream(entropy: int | list[int]) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))

@@ -238,9 +238,16 @@ class WorldModel(Protocol):
     """Every mode of a joint model over one network."""
 
     def infer(
-        self, obs: Any, *, actions: Any = None, next_obs: Any = None, want: set[str]
+        self,
+        obs: Any,
+        *,
+        actions: Any = None,
+        next_obs: Any = None,
+        want: set[str],
+        seed: np.ndarray,
     ) -> dict[str, Any]:
-        """Sample the wanted modalities given the others."""
+        """Sample the wanted ones of "actions" and "next_obs" given what is given of them; what is
+        neither is left open. seed: as of Policy.act."""
         ...
 
 

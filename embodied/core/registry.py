@@ -25,6 +25,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "gaussian": "policies.gaussian:GaussianPolicy",
         "autoregressive": "policies.tokens.policy:AutoregressivePolicy",
         "vla": "policies.vla.policy:VLA",
+        "uwm": "policies.world.uwm:UWM",
         "composed": "policies.compose.policy:ComposedPolicy",
         "pooled": "policies.compose.pooled:PooledPolicy",
         "improved": "policies.improved:ImprovedPolicy",
@@ -60,6 +61,9 @@ BUILTIN: dict[str, dict[str, str]] = {
     "tokenizers": {
         "bins": "policies.tokens.tokenizers:Bins",
         "dct": "policies.tokens.tokenizers:DCT",
+    },
+    "latents": {
+        "patches": "policies.world.latents:Patches",
     },
     "solvers": {
         "ddim": "policies.solvers.diffusion:DDIM",
@@ -148,6 +152,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "gaussian": "policies.configs:GaussianConfig",
         "autoregressive": "policies.tokens.configs:AutoregressiveConfig",
         "vla": "policies.vla.configs:VLAConfig",
+        "uwm": "policies.world.configs:UWMConfig",
     },
     "networks": {
         "mlp": "policies.configs:MLPConfig",
@@ -165,6 +170,9 @@ OPTIONS: dict[str, dict[str, str]] = {
     "tokenizers": {
         "bins": "policies.tokens.configs:BinsConfig",
         "dct": "policies.tokens.configs:DCTConfig",
+    },
+    "latents": {
+        "patches": "policies.world.configs:PatchesConfig",
     },
     "value_heads": {
         "hl_gauss": "policies.critics.configs:HLGaussConfig",

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from embodied.buffer.read.replay import ReplayReader
 from embodied.buffer.sample.sampling import Sampling, open_sampling
 from embodied.buffer.sample.statistics import FeatureStats
@@ -28,6 +30,7 @@ from embodied.weights.governor import PublishGovernor
 from embodied.weights.store import WeightStore
 from embodied.weights.trial import Trial
 from policies import specs
+from policies.configs import ChunkConfig
 from sim import family
 from sim.family import SimConfig
 
@@ -49,7 +52,13 @@ def device_spec(config: TrainConfig) -> DeviceSpec:
 def window_spec(config: TrainConfig) -> WindowSpec:
     """Which windows the run's algorithm learns from."""
     spec = policy_spec(config)
-    return make_algorithm(config.algorithm).windows(windows_of(spec), spec.n_action_steps)
+    options: ChunkConfig = options_of("policies", config.policy, "policy")
+    windows = msgspec.structs.replace(
+        windows_of(spec),
+        future=options.future,
+        future_keys=options.future_keys(spec.observation),
+    )
+    return make_algorithm(config.algorithm).windows(windows, spec.n_action_steps)
 
 
 def windows_of(spec: PolicySpec) -> WindowSpec:

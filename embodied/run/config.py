@@ -235,6 +235,7 @@ def _check_policy(config: TrainConfig) -> None:
     for key in options.goals:
         if key not in keys:
             raise unknown("key in policy.goals", key, keys)
+    options.future_keys(keys)
     if options.goals and found.make_expert(task, device) is None:
         raise ConfigError(
             f"policy.goals is {list(options.goals)}: the goals of evaluations are what the task's "
@@ -242,8 +243,7 @@ def _check_policy(config: TrainConfig) -> None:
         )
     if options.language is not None:
         encoder = core_config.options_of("text_encoders", options.language, "policy.language")
-        words = [found.make_task(task, config.sim).instruction, *config.instructions.values()]
-        for text in words:
+        for text in (found.make_task(task, config.sim).instruction, *config.instructions.values()):
             encode_instruction(text, encoder.max_bytes)
 
 

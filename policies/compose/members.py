@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import torch
 
+from embodied.buffer.sample.windows import FUTURE, FUTURE_IS_PAD
 from embodied.core.errors import ConfigError, SpecError
 from embodied.core.specs import ArraySpec, PolicySpec
 from policies.conversions import Scalar, signal_noise
@@ -142,3 +143,8 @@ def own_part(label: str, own: PolicySpec, union: PolicySpec, source: Mapping[str
             )
         found[key] = value[:, -own.n_obs_steps :]
     return found
+
+
+def later(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a batch has of later observations, which world models learn to predict."""
+    return {key: batch[key] for key in batch if key.startswith((FUTURE, FUTURE_IS_PAD))}

@@ -26,6 +26,7 @@ from policies.compose.members import (
     check_actions,
     construct_all,
     convert,
+    later,
     own_part,
     union_spec,
 )
@@ -151,6 +152,13 @@ class ComposedPolicy(GenerativePolicy[Any]):
         )
         return Conditions(tuple(found.get(i) for i in range(len(self.labels))), obs)
 
+    def drawn(self, cond: Any, source: list[int] | torch.Generator) -> Any:
+        """See GenerativePolicy: every member's own."""
+        found = [
+            c if c is None else self._member(i).drawn(c, source) for i, c in enumerate(cond.members)
+        ]
+        return Conditions(tuple(found), cond.obs)
+
     def denoise(self, x_t: torch.Tensor, log_snr: Scalar, cond: Any) -> Prediction:
         """The operator's prediction; with "or" and "and", as where no path led to x_t."""
         level = self.level(x_t, log_snr, cond)
@@ -214,6 +222,7 @@ class ComposedPolicy(GenerativePolicy[Any]):
             own = own_part(label, member.spec, self.spec, batch)
             for key in ("action", "action_is_pad"):
                 own[key] = batch[key][:, : member.spec.horizon]
+            own |= later(batch)
             loss, found = member.loss(own)
             total = total + loss
             metrics |= {f"{label}/{name}": value for name, value in found.items()}

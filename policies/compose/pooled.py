@@ -14,7 +14,14 @@ from embodied.core.specs import PolicySpec
 from policies import noise
 from policies.arrays import put_prefix
 from policies.compose.critics import make_critic, values
-from policies.compose.members import Member, check_actions, construct_all, own_part, union_spec
+from policies.compose.members import (
+    Member,
+    check_actions,
+    construct_all,
+    later,
+    own_part,
+    union_spec,
+)
 from policies.guidance import check_delay
 
 
@@ -98,6 +105,7 @@ class PooledPolicy(nn.Module):
                 )
             own = self._own(index, batch)
             own |= {key: batch[key] for key in ("action", "action_is_pad")}
+            own |= later(batch)
             loss, found = member.loss(own)
             total = total + loss
             metrics |= {f"{label}/{name}": value for name, value in found.items()}

@@ -34,7 +34,7 @@ class ImagesEncoder(nn.Module):
     ) -> None:
         """cameras: specs by observation key, [H, W, 3]; they may differ unless shared.
 
-        where: what the options are part of.
+        where: what the options are part of. sizes: of the pictures as they are seen.
         """
         super().__init__()
         for key, spec in cameras.items():
@@ -58,6 +58,7 @@ class ImagesEncoder(nn.Module):
                 f"{where}.images.shared needs cameras of one size, these have {sizes}; set it to "
                 "false, or let the cameras agree"
             )
+        self.sizes = cut
         encoder, options = component("encoders", config.encoder, f"{where}.images.encoder")
         self.encoders = nn.ModuleList(encoder(options, cut[group[0]]) for group in self._groups)
         self.features: int = options.features
@@ -72,13 +73,14 @@ class ImagesEncoder(nn.Module):
 
         rng: draws crops and colours in training; None for inference.
         """
-        return [v.flatten(1) for v in self._encoded(pictures, rng, lambda encoder, x: encoder(x))]
+        return self.encode(self.views({key: pictures[key] for key in self.cameras}, rng))
 
     def tokens(
         self, pictures: Mapping[str, torch.Tensor], rng: torch.Generator | None
     ) -> list[torch.Tensor]:
         """As `forward`, but [B, T·L, F] for each: the tokens of an encoder that offers them."""
-        return [v.flatten(1, 2) for v in self._encoded(pictures, rng, tokens_of)]
+        views = self.views({key: pictures[key] for key in self.cameras}, rng)
+        return [v.flatten(1, 2) for v in self._encoded(views, tokens_of)]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -86,22 +88,31 @@ class ImagesEncoder(nn.Module):
         pairs = zip(self._groups, self.encoders, strict=True)
         return {key: count_of(encoder) for keys, encoder in pairs for key in keys}
 
+    def views(
+        self, pictures: Mapping[str, torch.Tensor], rng: torch.Generator | None
+    ) -> dict[str, torch.Tensor]:
+        """Pictures as they are seen, cut and coloured: uint8 [B, T, H, W, 3] of some cameras →
+        [B, T, 3, h, w] in 0..1."""
+        cut = self._crop(pictures, rng)
+        return self._jitter({key: x.to(self.mean.dtype) / 255 for key, x in cut.items()}, rng)
+
+    def encode(self, views: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Views of all cameras → [B, T·F] for each, in the cameras' order."""
+        return [v.flatten(1) for v in self._encoded(views, lambda encoder, x: encoder(x))]
+
     def _encoded(
         self,
-        pictures: Mapping[str, torch.Tensor],
-        rng: torch.Generator | None,
+        views: Mapping[str, torch.Tensor],
         encode: Callable[[nn.Module, torch.Tensor], torch.Tensor],
     ) -> list[torch.Tensor]:
-        """What `encode` makes of each camera's pictures, [B, T, …], in the cameras' order."""
-        cut = self._crop({key: pictures[key] for key in self.cameras}, rng)
-        found = self._jitter({key: x.to(self.mean.dtype) / 255 for key, x in cut.items()}, rng)
+        """What `encode` makes of each camera's views, [B, T, …], in the cameras' order."""
         encoded: list[torch.Tensor] = []
         for keys, encoder in zip(self._groups, self.encoders, strict=True):
-            x_NCHW = torch.cat([found[key].flatten(0, 1) for key in keys])
+            x_NCHW = torch.cat([views[key].flatten(0, 1) for key in keys])
             v = encode(encoder, (x_NCHW - self.mean) / self.std)
-            parts = v.split([found[key].shape[:2].numel() for key in keys])
+            parts = v.split([views[key].shape[:2].numel() for key in keys])
             encoded += [
-                part.unflatten(0, found[key].shape[:2])
+                part.unflatten(0, views[key].shape[:2])
                 for key, part in zip(keys, parts, strict=True)
             ]
         return encoded

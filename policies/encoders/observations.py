@@ -82,13 +82,28 @@ class ObservationEncoder(nn.Module):
 
         rng: draws what pictures undergo in training; None for inference.
         """
+        return self.with_later(obs, {}, rng)[0]
+
+    def with_later(
+        self,
+        obs: Mapping[str, torch.Tensor],
+        later: Mapping[str, torch.Tensor],
+        rng: torch.Generator | None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """As forward, and views [B, S, 3, h, w] in 0..1 of later pictures [B, S, H, W, 3], which
+        undergo what those of their camera's history do."""
         obs = _with_goals(obs)
         parts = self._states(obs)
+        views: dict[str, torch.Tensor] = {}
         if self.images is not None:
-            parts += self.images(obs, rng)
+            whole = {key: obs[key] for key in self.images.cameras}
+            whole |= {key: torch.cat([obs[key], x], dim=1) for key, x in later.items()}
+            found = self.images.views(whole, rng)
+            views = {key: found[key][:, obs[key].shape[1] :] for key in later}
+            parts += self.images.encode({k: x[:, : obs[k].shape[1]] for k, x in found.items()})
         if self.text is not None:
             parts.append(self.text(obs[TASK][:, -1]))
-        return torch.cat(parts, dim=1)
+        return torch.cat(parts, dim=1), views
 
     @property
     def token_sizes(self) -> list[tuple[int, int]]:

@@ -33,6 +33,7 @@ SMALL_ALONE = {
         "tokenizer": {"name": "bins", "bins": 17},
         "transformer": {"width": 16, "depth": 2, "heads": 2},
     },
+    "uwm": {"width": 16, "depth": 2, "heads": 2, "time_dim": 16, "registers": 2},
 }
 
 FLAT = ("flow", "diffusion")
@@ -104,10 +105,13 @@ class Fixtures:
         self, batch: int, horizon: int = 6, dim: int = 2, seed: int = 0
     ) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(seed + 1)
+        later = {f"future.{key}": x[:, :1] for key, x in self.obs(batch, seed + 2).items()}
         return {
             **self.obs(batch, seed),
             "action": rng.uniform(-1, 1, (batch, horizon, dim)).astype(np.float32),
             "action_is_pad": np.zeros((batch, horizon), bool),
+            **later,
+            "future_is_pad": np.zeros((batch, 1), bool),
         }
 
     def awaken(self, policy: Any, seed: int = 5) -> Any:

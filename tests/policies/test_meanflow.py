@@ -191,7 +191,7 @@ def teacher(make, tmp_path):
     return saved
 
 
-@pytest.mark.parametrize("name", ["flow", "diffusion", "meanflow", "composed"])
+@pytest.mark.parametrize("name", ["flow", "diffusion", "meanflow", "composed", "uwm"])
 def test_a_teachers_velocity_takes_the_datas_place(make, teacher, name):
     taught_by, folder = teacher(name)
     policy = make.policy("meanflow", teacher=folder)

@@ -32,6 +32,13 @@ ALONE = {
         "transformer": {"width": 16, "depth": 1, "heads": 2},
         "expert": {"width": 16, "heads": 2},
     },
+    "uwm": {
+        "width": 16,
+        "depth": 1,
+        "heads": 2,
+        "time_dim": 16,
+        "latents": {"name": "patches", "patch": 3},
+    },
 }
 
 
@@ -75,7 +82,9 @@ def batch_of(spec, **options):
     obs = observations(spec, **options)
     n = len(next(iter(obs.values())))
     action = np.random.default_rng(1).uniform(-1, 1, (n, 4, 2)).astype(np.float32)
-    return {**obs, "action": action, "action_is_pad": np.zeros((n, 4), bool)}
+    later = {f"future.{key}": x[:, :1] for key, x in obs.items() if key != TASK}
+    pads = {"action_is_pad": np.zeros((n, 4), bool), "future_is_pad": np.zeros((n, 1), bool)}
+    return {**obs, "action": action, **later, **pads}
 
 
 @pytest.mark.parametrize("size", [(16, 16), (84, 84), (37, 50)])

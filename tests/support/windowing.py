@@ -94,6 +94,12 @@ def reference(steps, t, spec, is_selected):
         left = sum(spec.discount**k * reward(s, spec) for k, s in enumerate(acted[t:]))
         failed = spec.rewards == "cost" and not any(s.success for s in acted)
         sample["return_to_go"] = np.float32(-1 / (1 - spec.discount) if failed else left)
+    if spec.future:
+        ends = len(acted)
+        for key in spec.future_keys:
+            later = [steps[min(t + k, ends)].observation[key] for k in spec.future]
+            sample["future." + key] = np.stack(later)
+        sample["future_is_pad"] = np.array([t + k > ends for k in spec.future])
     dtypes = {"policy_version": np.int64, "t_ns": np.int64}
     for name in spec.metadata:
         sample[name] = np.array(getattr(steps[t], name), dtypes.get(name, np.bool_))

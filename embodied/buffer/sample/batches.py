@@ -1,6 +1,6 @@
 """Batches of windows: what they consist of, and reading them once they have been drawn.
 
-Legend: B batch, To history, H horizon, D action, n steps of a backup.
+Legend: B batch, To history, H horizon, D action, n steps of a backup, S later steps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,15 @@ import numpy as np
 from embodied.buffer.read.episodes import EpisodeInfo
 from embodied.buffer.read.gather import DamagedRowsError
 from embodied.buffer.sample.returns import reward_column, rewards_of
-from embodied.buffer.sample.windows import NEXT, RETURN_TO_GO, Backup, Windows, WindowSpec
+from embodied.buffer.sample.windows import (
+    FUTURE,
+    FUTURE_IS_PAD,
+    NEXT,
+    RETURN_TO_GO,
+    Backup,
+    Windows,
+    WindowSpec,
+)
 from embodied.buffer.steps.schema import Feature
 from embodied.core.errors import ConfigError, EmbodiedError
 from embodied.core.instructions import GOAL, TASK
@@ -110,6 +118,12 @@ def window_sizes(reader: StepReader, spec: WindowSpec, *, weighted: bool) -> dic
         sizes |= {NEXT + key: size for key, size in observations.items()}
     if spec.return_to_go:
         sizes[RETURN_TO_GO] = ArraySize(_FLOAT32, ())
+    if spec.future:
+        for key in spec.future_keys:
+            feature = reader.feature(key)
+            shape = (len(spec.future), *feature.shape)
+            sizes[FUTURE + key] = ArraySize(np.dtype(feature.dtype), shape)
+        sizes[FUTURE_IS_PAD] = ArraySize(_BOOL, (len(spec.future),))
     sizes |= {name: ArraySize(_METADATA.get(name, _BOOL), ()) for name in spec.metadata}
     if weighted:
         sizes["weight"] = ArraySize(_FLOAT32, ())
@@ -124,6 +138,8 @@ def prefetch_windows(reader: StepReader, spec: WindowSpec, draw: Draw) -> None:
     reader.prefetch(spec.observation_keys, np.concatenate([part.ravel() for part in parts]))
     if spec.goal_keys:
         reader.prefetch(spec.goal_keys, draw.rows.last)
+    if spec.future:
+        reader.prefetch(spec.future_keys, draw.rows.later.ravel())
 
 
 def fetch_windows(reader: StepReader, spec: WindowSpec, draw: Draw, batch: Arrays) -> None:
@@ -132,6 +148,10 @@ def fetch_windows(reader: StepReader, spec: WindowSpec, draw: Draw, batch: Array
     reader.gather(keys, rows.observed, {key: batch[key] for key in keys})
     if spec.goal_keys:
         _fetch_goals(reader, spec, rows.last, batch)
+    if spec.future:
+        later = {key: batch[FUTURE + key] for key in spec.future_keys}
+        reader.gather(spec.future_keys, rows.later, later)
+        batch[FUTURE_IS_PAD][...] = rows.past_end
     ahead, pad = {name: batch[name] for name in _AHEAD}, batch["action_is_pad"]
     reader.gather((*_AHEAD, "held"), rows.future, {**ahead, "held": pad})
     np.logical_or(pad, rows.beyond, out=pad)

@@ -319,7 +319,8 @@ class WindowSampler:
         terminated, truncated [B, H], repeating the episode's last step behind its end; reward
         [B, H], 0 behind the end; action_is_pad [B, H]: behind the end, held, or not selected, so
         no label. With an n-step backup: return, discount [B] (float32) and each "next." + key
-        [B, To, ...]; see WindowSpec. return_to_go [B] (float32) and task [B, To, L] (uint8) if the
+        [B, To, ...]; with S offsets in `future` each "future." + key [B, S, ...] and future_is_pad
+        [B, S]; see WindowSpec. return_to_go [B] (float32) and task [B, To, L] (uint8) if the
         spec wants them. The spec's metadata [B] of step t. weight [B] if the strategy has
         importance weights. Raises one of DRAW_AGAIN for a draw of which episodes have been removed,
         or turn out to be damaged; the arrays are undefined then.

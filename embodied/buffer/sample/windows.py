@@ -1,6 +1,7 @@
 """Windows of history, future actions and n-step backups around a step; the index behind them.
 
-Legend: B batch, To history, H horizon, D action, n steps of a backup, m of them that exist.
+Legend: B batch, To history, H horizon, D action, n steps of a backup, m of them that exist, S later
+steps.
 """
 
 from dataclasses import dataclass
@@ -21,8 +22,21 @@ NEXT = "next."
 
 RETURN_TO_GO = "return_to_go"
 
+FUTURE = "future."
+"""What the name of later observations begins with, which are to be predicted."""
+
+FUTURE_IS_PAD = "future_is_pad"
+
 _TAKEN = frozenset(("action", "action_is_pad", "reward", "terminated", "truncated", "return"))
-_BATCH_NAMES = _TAKEN | {"discount", RETURN_TO_GO, "weight", "source", TASK, *METADATA}
+_BATCH_NAMES = _TAKEN | {
+    "discount",
+    RETURN_TO_GO,
+    "weight",
+    "source",
+    FUTURE_IS_PAD,
+    TASK,
+    *METADATA,
+}
 
 
 class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,6 +65,9 @@ class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     episode's task in words, as L bytes, is added to the observations. goal_keys: observation keys
     of which the episode's last observation is added, To times, under "goal." + key: what the
     episode did reach is taken for its goal (hindsight, Andrychowicz et al. 2017).
+
+    future: S offsets k; the observations t+k of future_keys are added under "future." + key, and
+    `future_is_pad` where the episode ends before them; there the last observation is repeated.
     """
 
     n_obs_steps: int
@@ -63,6 +80,8 @@ class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     goal_keys: tuple[str, ...] = ()
     rewards: Literal["recorded", "sparse", "cost"] = "recorded"
     return_to_go: bool = False
+    future: tuple[int, ...] = ()
+    future_keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.n_obs_steps < 1 or self.horizon < 1:
@@ -92,9 +111,15 @@ class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         keys = self.observation_keys
         if len(set(keys)) < len(keys):
             raise ConfigError(f"observation_keys {list(keys)} name one twice")
-        if odd := [key for key in self.goal_keys if key not in keys]:
-            raise ConfigError(f"goal_keys {odd} are not among observation_keys {list(keys)}")
-        if taken := [k for k in keys if k in _BATCH_NAMES or k.startswith((NEXT, GOAL))]:
+        for name in ("goal_keys", "future_keys"):
+            if odd := [key for key in getattr(self, name) if key not in keys]:
+                raise ConfigError(f"{name} {odd} are not among observation_keys {list(keys)}")
+        if bool(self.future) != bool(self.future_keys) or any(k < 1 for k in self.future):
+            raise ConfigError(
+                f"future is {list(self.future)} and future_keys {list(self.future_keys)}; give "
+                "both or neither, and offsets of at least 1"
+            )
+        if taken := [k for k in keys if k in _BATCH_NAMES or k.startswith((NEXT, GOAL, FUTURE))]:
             raise ConfigError(f"observation_keys {taken} are names of other arrays of a batch")
 
 
@@ -114,13 +139,17 @@ class Backup:
 class Windows:
     """Row ids of a batch. observed: int64 [B, To]. future: int64 [B, H], the episode's last step
     being repeated. beyond, selected: bool [B, H], whether each is behind the end, and selected.
-    last: of the episode's last observation, int64 [B]. returns: to go, float32 [B], if wanted."""
+    last: of the episode's last observation, int64 [B]. later: of the observations at the spec's
+    offsets, int64 [B, S], the last one being repeated. past_end: bool [B, S], whether each is
+    behind the end. returns: to go, float32 [B], if wanted."""
 
     observed: np.ndarray
     future: np.ndarray
     beyond: np.ndarray
     selected: np.ndarray
     last: np.ndarray
+    later: np.ndarray
+    past_end: np.ndarray
     backup: Backup | None
     returns: np.ndarray | None
 
@@ -236,8 +265,12 @@ class WindowIndex:
             backup = Backup(self._order.view[ahead], behind, taken, observed)
         observed = self._history(positions, starts, spec.n_obs_steps)
         future, selected = self._order.view[at], self._selected.view[at]
+        later = positions[:, None] + np.array(spec.future, np.int64)
+        past_end = later > ends[:, None]
+        later = self._order.view[np.minimum(later, ends[:, None])]
+        last = self._order.view[ends]
         returns = self._returns.view[positions] if spec.return_to_go else None
-        return Windows(observed, future, beyond, selected, self._order.view[ends], backup, returns)
+        return Windows(observed, future, beyond, selected, last, later, past_end, backup, returns)
 
     def _episodes(self, positions: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._starts.view, positions, side="right") - 1

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from embodied.buffer.sample.windows import RETURN_TO_GO
+from embodied.buffer.sample.windows import FUTURE_IS_PAD, RETURN_TO_GO
 from embodied.core.seeds import derive_seed
 from embodied.learn.config import LearnerConfig, PARLConfig
 from embodied.learn.updates.base import Batch, Optimisers
@@ -97,6 +97,8 @@ class PARLUpdates(CriticUpdates):
         )
         pad_BH = torch.zeros_like(batch["action_is_pad"])
         labels = {**batch, "action": best_BHD, "action_is_pad": pad_BH}
+        if FUTURE_IS_PAD in batch:  # what was seen later came of other actions
+            labels[FUTURE_IS_PAD] = torch.ones_like(batch[FUTURE_IS_PAD])
         loss, metrics = self._policy.loss(labels)
         norm = optimisers.descend("policy", loss, options.distil_learning_rate)
         return {"policy_loss": metrics["loss"], "grad_norm": norm}

@@ -12,7 +12,7 @@ from embodied.buffer.sample.windows import METADATA, WindowIndex, WindowSpec
 from embodied.core.errors import ConfigError
 
 SPECS = st.builds(
-    lambda to, h, n, discount, metadata, rewards, to_go: WindowSpec(
+    lambda to, h, n, discount, metadata, rewards, to_go, future: WindowSpec(
         to,
         h,
         (STATE, IMAGE),
@@ -21,6 +21,8 @@ SPECS = st.builds(
         metadata,
         rewards=rewards,
         return_to_go=to_go and (rewards != "cost" or (n > 0 and discount < 1)),
+        future=future,
+        future_keys=(IMAGE, STATE)[: len(future)],
     ),
     st.integers(1, 4),
     st.integers(1, 6),
@@ -29,6 +31,7 @@ SPECS = st.builds(
     st.sampled_from([(), METADATA, ("t_ns",)]),
     st.sampled_from(["recorded", "sparse", "cost"]),
     st.booleans(),
+    st.sampled_from([(), (3,), (1, 4)]),
 )
 SELECTIONS = {
     "all": (select_all, lambda s: True),
@@ -161,6 +164,10 @@ def test_growing_array(parts):
         ({"observation_keys": ("a", "b", "a")}, "name one twice"),
         ({"observation_keys": ("next.a",)}, r"\['next.a'\] are names of other arrays"),
         ({"observation_keys": ("weight",)}, "names of other arrays"),
+        ({"observation_keys": ("future.a",)}, "names of other arrays"),
+        ({"future": (1,)}, "give both or neither"),
+        ({"future": (0,), "future_keys": (STATE,)}, "offsets of at least 1"),
+        ({"future": (1,), "future_keys": ("a",)}, r"future_keys \['a'\] are not among"),
     ],
 )
 def test_unusable_specs(fields, message):

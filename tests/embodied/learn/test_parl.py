@@ -109,6 +109,21 @@ def test_averages_are_only_borrowed():
         assert torch.equal(value, before[name]), name
 
 
+def test_what_was_seen_later_is_not_taken_for_the_outcome_of_better_actions():
+    form = make_format(msgspec.structs.replace(PHASES, cloning_steps=1, offline_steps=0))
+    learner = Learner(form.make({}), form, LEARNER, seed=1)
+    told, loss = [], learner.policy.policy.loss
+
+    def record(batch):
+        told.append(batch["future_is_pad"])
+        return loss(batch)
+
+    learner.policy.policy.loss = record
+    for batch in batches(2):
+        learner.update({**batch, "future_is_pad": np.zeros((32, 1), bool)})
+    assert [bool(pad.any()) for pad in told] == [False, True] and told[1].all()
+
+
 def test_values_beyond_the_head_stop_training():
     head = {"name": "hl_gauss", "low": -1.0, "high": 1.0, "bins": 16}
     form = make_format(msgspec.structs.replace(PHASES, cloning_steps=0), head)

@@ -1,0 +1,1 @@
+"""World models: policies that also say what will be seen."""

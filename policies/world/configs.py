@@ -1,0 +1,114 @@
+"""Options of world models and of their parts; reading them does not load torch."""
+
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from embodied.core.errors import ConfigError
+from embodied.core.instructions import GOAL, TASK
+from embodied.core.registry import unknown
+from policies.configs import ChunkConfig, Count, Depth, DiffusionSolverConfig, Spacing, check_heads
+
+
+class UWMConfig(ChunkConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Options of the unified world model.
+
+    form: "diffusion" predicts noise on a squared-cosine schedule of num_train_steps, sampled by
+    DDIM; "flow" is a rectified flow, sampled by Euler's method. num_steps, timestep_spacing (of the
+    diffusion), clip_sample: see DiffusionSolverConfig.
+
+    predicts: observation keys that are predicted, all that the policy reads if none is named.
+    next_after: whether the first predicted observation follows the whole chunk, or the
+    n_action_steps of it that are executed; next_obs_steps: how many successive ones there are.
+    next_weight: of their loss, beside the action's 1. latents: what pictures among them are
+    predicted as, a registered name and its options.
+
+    marginal_step: the diffusion's training step that a modality is taken to be at which is not
+    known and not wanted, its value being pure noise; null is the last, where that is exact. The
+    published code has 90 of 100, where the network expects a signal of √ᾱ = .14. action_free: what
+    the action loss of rows without actions is, whose actions are pure noise at the last step:
+    "masked" leaves it out, "unmasked" learns to give the noise back, as published.
+
+    width, depth, heads, qk_norm: of the transformer. registers: tokens that stand for nothing.
+    """
+
+    form: Literal["diffusion", "flow"] = "diffusion"
+    num_train_steps: Annotated[int, msgspec.Meta(ge=2, le=10_000)] = 100
+    num_steps: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 10
+    timestep_spacing: Spacing = "trailing"
+    clip_sample: bool = True
+    predicts: tuple[str, ...] = ()
+    next_after: Literal["chunk", "executed"] = "chunk"
+    next_obs_steps: Count = 1
+    next_weight: Annotated[float, msgspec.Meta(ge=0)] = 1.0
+    latents: dict[str, Any] = msgspec.field(default_factory=lambda: {"name": "patches"})
+    marginal_step: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    action_free: Literal["masked", "unmasked"] = "masked"
+    width: Annotated[int, msgspec.Meta(ge=8, le=4096)] = 128
+    depth: Depth = 4
+    heads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
+    registers: Annotated[int, msgspec.Meta(ge=0, le=1024)] = 8
+    time_dim: Annotated[int, msgspec.Meta(ge=4, le=1024, multiple_of=2)] = 128
+    qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for options that contradict each other."""
+        check_heads(self.width, self.heads)
+        self.solver_config()
+        gaussian = "gaussian" in (self.action_normalization, self.observation_normalization)
+        if self.clip_sample and gaussian:
+            raise ConfigError(
+                "clip_sample keeps actions and predicted observations within ±1, which gaussian "
+                "normalisation exceeds; set clip_sample: false, or normalise both by limits"
+            )
+        if self.action_free == "unmasked" and self.form == "flow":
+            raise ConfigError(
+                "action_free: unmasked learns the noise, which form: flow does not predict; leave "
+                "it masked"
+            )
+        if self.marginal_step is not None:
+            if self.form == "flow":
+                raise ConfigError("marginal_step is a step of the diffusion; form: flow has none")
+            if self.marginal_step >= self.num_train_steps:
+                raise ConfigError(
+                    f"marginal_step is {self.marginal_step}; it must be less than "
+                    f"num_train_steps={self.num_train_steps}"
+                )
+
+    @property
+    def future(self) -> tuple[int, ...]:
+        """See ChunkConfig."""
+        first = self.horizon if self.next_after == "chunk" else self.n_action_steps
+        return tuple(range(first, first + self.next_obs_steps))
+
+    def future_keys(self, observation_keys: Iterable[str]) -> tuple[str, ...]:
+        """See ChunkConfig; ConfigError if `predicts` names one that the policy does not read."""
+        keys = [key for key in observation_keys if key != TASK and not key.startswith(GOAL)]
+        for key in self.predicts:
+            if key not in keys:
+                raise unknown("key in policy.predicts", key, keys)
+        return self.predicts or tuple(keys)
+
+    def parts(self) -> list[tuple[str, Any, str]]:
+        """See ChunkConfig."""
+        return [*super().parts(), ("latents", self.latents, "policy.latents")]
+
+    def solver_config(self) -> DiffusionSolverConfig:
+        """The diffusion's solver."""
+        return DiffusionSolverConfig(
+            num_steps=self.num_steps,
+            num_train_steps=self.num_train_steps,
+            timestep_spacing=self.timestep_spacing,
+            clip_sample=self.clip_sample,
+        )
+
+
+class PatchesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Sizes of pixel patches.
+
+    patch: side in pixels. shrink: by how much pictures are made smaller before, averaging.
+    """
+
+    patch: Annotated[int, msgspec.Meta(ge=1, le=64)] = 12
+    shrink: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1

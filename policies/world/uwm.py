@@ -1,0 +1,314 @@
+"""Unified world model.
+
+Zhu et al. 2025 (arXiv:2504.02792). One network denoises the chunk a and the next observation o′,
+each at a time of its own. Where its time says that a value is nothing but noise, it is left open;
+where it says that there is none in it, it is known. So one network has every conditional:
+
+    p(a | o)      policy             a is denoised, o′ open
+    p(o′ | o)     next observation   o′ is denoised, a open
+    p(a | o, o′)  inverse            a is denoised, o′ known
+    p(o′ | o, a)  forward            o′ is denoised, a known
+    p(a, o′ | o)  joint              both are denoised, at one time
+
+B batch, H chunk, D action, K = H·D, C conditioning, S later steps, N numbers of their tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from embodied.buffer.sample.windows import FUTURE, FUTURE_IS_PAD
+from embodied.core.config import component
+from embodied.core.errors import SpecError
+from embodied.core.protocols import Prediction
+from embodied.core.registry import unknown
+from embodied.core.specs import PolicySpec
+from policies import noise
+from policies.base import GenerativePolicy
+from policies.chunk import valid_mean
+from policies.conversions import Scalar
+from policies.networks.stages import Cond, evaluate
+from policies.noise import Generators
+from policies.reading import Array, read, read_observations
+from policies.solvers.base import Solver
+from policies.world.configs import UWMConfig
+from policies.world.forms import FORMS, Form
+from policies.world.joint import JointTransformer
+from policies.world.next_observation import NextObservation
+
+ACTIONS, NEXT_OBS = "actions", "next_obs"
+_BOTH = (ACTIONS, NEXT_OBS)
+_WANTED = ({ACTIONS}, {NEXT_OBS}, {ACTIONS, NEXT_OBS})
+
+Later = dict[str, torch.Tensor]
+
+
+class UWM(GenerativePolicy[UWMConfig]):
+    """A policy, which leaves o′ open, and with `infer` a world model.
+
+    As a denoiser it is told of o′ by its conditioning (see JointTransformer). `encode` puts a fixed
+    draw of noise there, decisions one of their own (`drawn`), which stays the same in all steps.
+    """
+
+    name = "uwm"
+    Config = UWMConfig
+
+    open_N: torch.Tensor
+
+    def __init__(self, spec: PolicySpec, config: UWMConfig) -> None:
+        """See GenerativePolicy."""
+        super().__init__(spec, config)
+        self.form: Form = FORMS[config.form](config)
+        self.solver = self.make_solver()
+        step = config.marginal_step
+        self._open_time = self.form.last if step is None else step / config.num_train_steps
+        open_1N = noise.further_noise([0], self.next.size)
+        self.register_buffer("open_N", open_1N[0], persistent=False)
+
+    def make_network(self) -> JointTransformer:
+        """See GenerativePolicy."""
+        keys = self.config.future_keys(self.spec.observation)
+        make, options = component("latents", self.config.latents, "policy.latents")
+        images = self.encoder.images
+        sizes = {} if images is None else images.sizes
+        latents = {key: make(options, sizes[key]) for key in keys if key in sizes}
+        self.next = NextObservation(self.spec, keys, len(self.config.future), latents)
+        size, horizon = self.spec.action.size, self.spec.horizon
+        return JointTransformer(self.config, size, horizon, self.next.groups, self.encoder.dim)
+
+    def make_solver(self, num_steps: int | None = None) -> Solver:
+        """See GenerativePolicy."""
+        return self.form.solver(num_steps)
+
+    def time_of(self, log_snr: Scalar) -> Scalar:
+        """See GenerativePolicy."""
+        return self.form.time_of(log_snr)
+
+    def encode(self, obs: Mapping[str, Array]) -> torch.Tensor:
+        """See ChunkPolicy; with o′ open."""
+        seen_BC = super().encode(obs)
+        return self._told(seen_BC, self._open_time, self.open_N.expand(len(seen_BC), -1))
+
+    def drawn(self, cond: Any, source: list[int] | torch.Generator) -> torch.Tensor:
+        """See GenerativePolicy: the noise in the place of o′."""
+        if isinstance(source, torch.Generator):
+            noise_BN = torch.randn((len(cond), self.next.size), generator=source)
+        else:
+            noise_BN = noise.further_noise(source, self.next.size)
+        return torch.cat([cond[:, : -self.next.size], noise_BN.to(cond)], dim=1)
+
+    def denoise(self, x_t: torch.Tensor, log_snr: Scalar, cond: Cond) -> Prediction:
+        """The chunk's prediction, at the form's time and scale, given what cond says of o′."""
+        x_BHD = self.form.scaled(x_t, log_snr)
+        return Prediction(
+            evaluate(self.network, x_BHD, self.time_of(log_snr), cond), self.form.kind
+        )
+
+    def objective(
+        self, action_BHD: torch.Tensor, cond_BC: torch.Tensor, rng: torch.Generator
+    ) -> torch.Tensor:
+        """Squared error of the chunk's prediction per element, given what cond says of o′."""
+        noise_BHD = torch.randn(action_BHD.shape, generator=rng).to(action_BHD)
+        time_B = self.form.draw_times(len(action_BHD), rng).to(action_BHD)
+        x_BK, target_BK = self.form.noised(action_BHD.flatten(1), noise_BHD.flatten(1), time_B)
+        return (self.network(self._chunk(x_BK), time_B, cond_BC) - self._chunk(target_BK)).square()
+
+    def loss(self, batch: Mapping[str, Array]) -> tuple[torch.Tensor, dict[str, float]]:
+        """Mean squared error of the chunk's prediction and of the next observation's.
+
+        batch: as of GenerativePolicy, with "future." + each predicted key [B, S, …] in device units
+        and future_is_pad [B, S] bool. A row whose action is padding at every step has no chunk, one
+        with a padded later step no next observation: what it lacks is noise at the last time, and
+        no error of it counts (but see `action_free`). Metrics: action_loss, next_loss.
+        """
+        rng, form = self._training_rng, self.form
+        seen_BC, clean_next_BN, unseen_B = self._read_batch(batch)
+        clean_BHD, pad_BH = self._labels(batch, len(seen_BC))
+        idle_B, clean_BK = pad_BH.all(dim=1), clean_BHD.flatten(1)
+        noise_BK, noise_BN = (
+            torch.randn(clean.shape, generator=rng).to(clean) for clean in (clean_BK, clean_next_BN)
+        )
+        time_B, next_time_B = (form.draw_times(len(seen_BC), rng).to(clean_BHD) for _ in _BOTH)
+        x_BK, target_BK = self._noised(clean_BK, noise_BK, time_B, idle_B)
+        next_BN, next_target_BN = self._noised(clean_next_BN, noise_BN, next_time_B, unseen_B)
+        network: Any = self.network
+        out_BHD, next_out_BN = network.both(
+            self._chunk(x_BK),
+            time_B.masked_fill(idle_B, form.last),
+            next_BN,
+            next_time_B.masked_fill(unseen_B, form.last),
+            seen_BC,
+        )
+        if self.config.action_free == "unmasked":
+            pad_BH = pad_BH & ~idle_B[:, None]
+        action_loss = valid_mean((out_BHD - self._chunk(target_BK)).square(), pad_BH)
+        error_B1N = (next_out_BN - next_target_BN).square()[:, None]
+        next_loss = valid_mean(error_B1N, unseen_B[:, None])
+        loss = action_loss + self.config.next_weight * next_loss
+        parts = {"action_loss": action_loss.item(), "next_loss": next_loss.item()}
+        return loss, {"loss": loss.item(), **parts}
+
+    @torch.no_grad()
+    def infer(
+        self,
+        obs: Mapping[str, Array],
+        *,
+        actions: Array | None = None,
+        next_obs: Mapping[str, Array] | None = None,
+        want: set[str],
+        seed: np.ndarray,
+    ) -> dict[str, Any]:
+        """Sample "actions", "next_obs" or both, one for each row, given the others.
+
+        obs: as of `act`. actions [B, H, D], next_obs: each predicted key [B, S, …], in device
+        units, as what is returned. seed: integers [B]; a row depends on its own alone. Where next
+        observations are neither given nor wanted, the actions are those of `act`. SpecError for
+        what is both given and wanted, and for arrays that do not fit. Of pictures [B, S, H, W, 3]
+        the window in the centre counts (images.crop), and comes back.
+        """
+        given = {ACTIONS: actions, NEXT_OBS: next_obs}
+        known = sorted(name for name, value in given.items() if value is not None)
+        if want not in _WANTED or want & set(known):
+            raise SpecError(
+                f"want is {sorted(want)}, given are {known}; want actions, next_obs or both, and "
+                "what is not given"
+            )
+        seen_BC, next_BN = self._read_next(obs, next_obs)
+        seeds = noise.check_seeds(seed, len(seen_BC))
+        values = {
+            ACTIONS: noise.start_noise(seeds, self.spec.horizon, self.spec.action.size).flatten(1),
+            NEXT_OBS: noise.further_noise(seeds, self.next.size),
+        }
+        values = {name: value_BN.to(seen_BC) for name, value_BN in values.items()}
+        if actions is not None:
+            shape = (len(seeds), self.spec.horizon, self.spec.action.size)
+            chunk_BHD = read({ACTIONS: actions}, ACTIONS, shape, self.device)
+            values[ACTIONS] = _finite(self._action.normalize(chunk_BHD).flatten(1), ACTIONS)
+        if next_BN is not None:
+            values[NEXT_OBS] = next_BN
+        times = {name: self.form.clean if name in known else self._open_time for name in given}
+        generators = noise.step_generators(seeds) if self.solver.stochastic else None
+        found = self._sample(values, times, sorted(want), seen_BC, generators)
+        results: dict[str, Any] = {}
+        if ACTIONS in want:
+            results[ACTIONS] = self._actions(self._chunk(found[ACTIONS]))
+        if NEXT_OBS in want:
+            results[NEXT_OBS] = self._observations(found[NEXT_OBS])
+        return results
+
+    def _sample(
+        self,
+        values: Mapping[str, torch.Tensor],
+        times: Mapping[str, float],
+        wanted: Sequence[str],
+        seen_BC: torch.Tensor,
+        generators: Generators,
+    ) -> dict[str, torch.Tensor]:
+        """What is wanted [B, N], from the noise that stands for it in `values`; what is not stays
+        there, at its time."""
+        network: Any = self.network
+        sizes = [values[name].shape[1] for name in wanted]
+
+        def split(x_B1M: torch.Tensor) -> dict[str, torch.Tensor]:
+            return dict(zip(wanted, x_B1M[:, 0].split(sizes, dim=1), strict=True))
+
+        def denoise(x_B1M: torch.Tensor, log_snr: float) -> Prediction:
+            now = {**values, **split(self.form.scaled(x_B1M, log_snr))}
+            level = {**times, **dict.fromkeys(wanted, self.time_of(log_snr))}
+            time_B, next_time_B = (seen_BC.new_full((len(seen_BC),), level[n]) for n in _BOTH)
+            chunk_BHD, next_BN = network.both(
+                self._chunk(now[ACTIONS]), time_B, now[NEXT_OBS], next_time_B, seen_BC
+            )
+            out = {ACTIONS: chunk_BHD.flatten(1), NEXT_OBS: next_BN}
+            return Prediction(self._joined(out, wanted).to(x_B1M), self.form.kind)
+
+        return split(self.solver(denoise, self._joined(values, wanted), generators))
+
+    @staticmethod
+    def _joined(values: Mapping[str, torch.Tensor], wanted: Sequence[str]) -> torch.Tensor:
+        return torch.cat([values[name] for name in wanted], dim=1)[:, None]
+
+    def _chunk(self, x_BK: torch.Tensor) -> torch.Tensor:
+        return x_BK.unflatten(1, (self.spec.horizon, self.spec.action.size))
+
+    def _told(self, seen_BC: torch.Tensor, time: float, next_BN: torch.Tensor) -> torch.Tensor:
+        """The conditioning of the chunk's network."""
+        return torch.cat([seen_BC, seen_BC.new_full((len(seen_BC), 1), time), next_BN], dim=1)
+
+    def _noised(
+        self,
+        clean_BN: torch.Tensor,
+        noise_BN: torch.Tensor,
+        time_B: torch.Tensor,
+        absent_B: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As of the form; where the value is absent, noise alone."""
+        x_BN, target_BN = self.form.noised(clean_BN, noise_BN, time_B)
+        return torch.where(absent_B[:, None], noise_BN, x_BN), target_BN
+
+    def _read_later(self, source: Mapping[str, Array], prefix: str, rows: int) -> Later:
+        """The later observations [B, S, …] in device units by key."""
+        steps = len(self.config.future)
+        found: Later = {}
+        for key in self.next.keys:
+            shape = (rows, steps, *self.spec.observation[key].shape)
+            found[key] = read(source, prefix + key, shape, self.device)
+            if key in self.next.cameras and found[key].dtype != torch.uint8:
+                raise SpecError(f"{prefix}{key} is {found[key].dtype}; uint8 is right")
+        return found
+
+    def _read_next(
+        self, obs: Mapping[str, Array], next_obs: Mapping[str, Array] | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What was observed [B, C], and the next observation [B, N] if it is given."""
+        seen_BC = super().encode(obs)
+        if next_obs is None:
+            return seen_BC, None
+        for key in next_obs:
+            if key not in self.next.keys:
+                raise SpecError(str(unknown("key of next_obs", key, self.next.keys)))
+        later = self._read_later(next_obs, "", len(seen_BC))
+        views: Later = {}
+        if self.encoder.images is not None:
+            views = self.encoder.images.views(self._pictures(later), None)
+        return seen_BC, _finite(self._tokens(later, views), NEXT_OBS)
+
+    def _read_batch(
+        self, batch: Mapping[str, Array]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What was observed [B, C], the next observation [B, N], and which rows have none [B]."""
+        obs = read_observations(batch, self.spec, self.device)
+        rows, steps = len(next(iter(obs.values()))), len(self.config.future)
+        unseen_B = read(batch, FUTURE_IS_PAD, (rows, steps), self.device).bool().any(dim=1)
+        later = self._read_later(batch, FUTURE, rows)
+        pictures = self._pictures(later)
+        seen_BC, views = self.encoder.with_later(obs, pictures, self._training_rng)
+        next_BN = self._tokens(later, views)
+        return seen_BC, _finite(next_BN.masked_fill(unseen_B[:, None], 0.0), FUTURE), unseen_B
+
+    def _pictures(self, later: Later) -> Later:
+        return {key: later[key] for key in self.next.cameras}
+
+    def _tokens(self, later: Later, views: Later) -> torch.Tensor:
+        """[B, N]; views: of the pictures."""
+        states = later.keys() - views.keys()
+        normalised = {key: self.encoder.normalizer(key).normalize(later[key]) for key in states}
+        return self.next.encode(normalised | views)
+
+    def _observations(self, next_BN: torch.Tensor) -> Later:
+        """The next observation by key, in device units; pictures [B, S, h, w, 3] as seen."""
+        found = self.next.decode(next_BN)
+        for key, x in found.items():
+            if key in self.next.cameras:
+                found[key] = (255 * x).round().to(torch.uint8).movedim(2, -1)
+            else:
+                found[key] = self.encoder.normalizer(key).unnormalize(x)
+        return found
+
+
+def _finite(x_BN: torch.Tensor, what: str) -> torch.Tensor:
+    if not torch.isfinite(x_BN).all():
+        raise SpecError(f"{what} holds values that are not finite")
+    return x_BN
