@@ -1,0 +1,249 @@
+"""What a policy folder that LeRobot 0.4 exported says of itself; no code of it is run.
+
+The folder: config.json, model.safetensors, policy_preprocessor.json, policy_postprocessor.json and
+the statistics that these name. A processor file may name any class that can be imported, so its
+steps are read here, by name, and no others than STEPS are accepted.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import msgspec
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from embodied.core.errors import ConfigError, CorruptDataError
+from embodied.core.registry import unknown
+from policies.folder import CONFIG, MODEL, read_bytes, read_json
+
+Mode = Literal["IDENTITY", "MEAN_STD", "MIN_MAX", "QUANTILES", "QUANTILE10"]
+STATISTICS: dict[Mode, tuple[str, str]] = {
+    "MEAN_STD": ("mean", "std"),
+    "MIN_MAX": ("min", "max"),
+    "QUANTILES": ("q01", "q99"),
+    "QUANTILE10": ("q10", "q90"),
+}
+"""What each mode is made of."""
+
+PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
+NORMALIZER, UNNORMALIZER = "normalizer_processor", "unnormalizer_processor"
+NEWLINES = ("smolvla_new_line_processor", "pi0_new_line_processor")
+ARRANGED = ("device_processor", "to_batch_processor")
+"""Steps that arrange what is here arranged already."""
+
+STEPS = {
+    PREPROCESSOR: (
+        *ARRANGED,
+        *NEWLINES,
+        NORMALIZER,
+        "rename_observations_processor",
+        "tokenizer_processor",
+    ),
+    POSTPROCESSOR: (*ARRANGED, UNNORMALIZER),
+}
+BACKBONE = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+"""Files of a language model's folder that are read, those of them that are there."""
+
+MAX_STATISTICS_BYTES = 1 << 24
+_ONE_MIB = 1 << 20
+
+
+class Tokenizing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How instructions become tokens. newline: each ends with one."""
+
+    max_length: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 512
+    padding: Literal["longest", "max_length"] = "max_length"
+    padding_side: Literal["left", "right"] = "right"
+    newline: bool = False
+
+
+class Feature(msgspec.Struct, frozen=True, kw_only=True):
+    """One input or output of a LeRobot policy; pictures have shape [3, height, width]."""
+
+    type: Literal["STATE", "VISUAL", "ENV", "ACTION", "REWARD", "LANGUAGE"]
+    shape: tuple[Annotated[int, msgspec.Meta(ge=1)], ...]
+
+
+class Export(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """model: LeRobot's config.json. rename: from a robot's keys to the model's. normalization: of
+    each key that is normalised. eps: of that. tokenizing: None for models that are told nothing.
+    backbone_sha256: of the language model's files, None without one."""
+
+    model: dict[str, Any]
+    rename: dict[str, str] = {}
+    normalization: dict[str, Mode] = {}
+    eps: float = 1e-8
+    tokenizing: Tokenizing | None = None
+    backbone_sha256: str | None = None
+
+    @property
+    def type(self) -> str:
+        """LeRobot's name of the policy."""
+        return str(self.model.get("type"))
+
+    def features(self, which: Literal["input_features", "output_features"]) -> dict[str, Feature]:
+        """The model's inputs or outputs; ConfigError for a configuration without them."""
+        try:
+            return msgspec.convert(self.model.get(which), dict[str, Feature])
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{CONFIG} of LeRobot: {which}: {error}") from error
+
+
+def read_export(path: Path) -> Export:
+    """What the exported folder says; its weights and statistics are not read.
+
+    ConfigError: no such folder, a step that is not known, or processors that contradict each
+    other. CorruptDataError: a file that is no JSON.
+    """
+    if not (path / CONFIG).is_file():
+        raise ConfigError(
+            f"policy.path={path} is no folder of a LeRobot policy; give a local one: nothing is "
+            "downloaded (huggingface-cli download REPO --local-dir DIR brings it)"
+        )
+    model = read_json(path / CONFIG)
+    if "type" not in model:
+        raise ConfigError(f"{path / CONFIG} has no type: it was not exported by LeRobot 0.4")
+    if model.get("use_peft"):
+        raise ConfigError(f"{path} holds a PEFT adapter alone: merge it into its policy first")
+    before, after = _steps(path, PREPROCESSOR), _steps(path, POSTPROCESSOR)
+    normalizer = _options(before, NORMALIZER)
+    kept = normalizer.get("normalize_observation_keys")
+    normalization: dict[str, Mode] = {}
+    for key, feature in {**_raw(normalizer), **_raw(_options(after, UNNORMALIZER))}.items():
+        mode = _map(normalizer, "norm_map").get(str(feature.get("type")), "IDENTITY")
+        if mode not in ("IDENTITY", *STATISTICS):
+            raise unknown("LeRobot normalisation", str(mode), STATISTICS)
+        if mode != "IDENTITY" and (kept is None or key in kept or feature.get("type") == "ACTION"):
+            normalization[key] = cast(Mode, mode)
+    tokenizing = None
+    if "tokenizer_processor" in before:
+        options = before["tokenizer_processor"]
+        known = {k: options[k] for k in ("max_length", "padding", "padding_side") if k in options}
+        newline = any(name in before for name in NEWLINES)
+        try:
+            tokenizing = msgspec.convert({**known, "newline": newline}, Tokenizing)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{path / PREPROCESSOR}: tokenizer_processor: {error}") from error
+    return Export(
+        model=model,
+        rename=_map(_options(before, "rename_observations_processor"), "rename_map"),
+        normalization=normalization,
+        eps=float(normalizer.get("eps", 1e-8)),
+        tokenizing=tokenizing,
+    )
+
+
+def read_statistics(path: Path) -> dict[str, np.ndarray]:
+    """Statistics by "KEY.NAME", such as "action.mean", as the exported processors have them.
+
+    ConfigError if the two processors disagree on the action's.
+    """
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for file, step in ((PREPROCESSOR, NORMALIZER), (POSTPROCESSOR, UNNORMALIZER)):
+        state = _state_files(path, file).get(step)
+        found[file] = {} if state is None else _load(path / state)
+    before, after = found[PREPROCESSOR], found[POSTPROCESSOR]
+    for key in before.keys() & after.keys():
+        if not np.array_equal(before[key], after[key]):
+            raise ConfigError(f"{path}: {key} of {PREPROCESSOR} is not that of {POSTPROCESSOR}")
+    return {**before, **after}
+
+
+def export_sha256(path: Path) -> str:
+    """SHA-256 over names and contents of all files that make up an exported policy."""
+    names = [CONFIG, MODEL, PREPROCESSOR, POSTPROCESSOR]
+    names += [n for file in STEPS for n in _state_files(path, file).values()]
+    return hash_files(path, names)
+
+
+def backbone_sha256(path: Path) -> str:
+    """SHA-256 over a language model's configuration and tokenizer."""
+    return hash_files(path, [name for name in BACKBONE if (path / name).is_file()])
+
+
+def hash_files(path: Path, names: list[str]) -> str:
+    """SHA-256 over the hashes of these files, by name; ConfigError for one that is missing."""
+    whole = hashlib.sha256()
+    for name in sorted(set(names)):
+        one = hashlib.sha256()
+        try:
+            with open(path / name, "rb") as file:
+                while block := file.read(_ONE_MIB):
+                    one.update(block)
+        except OSError as error:
+            raise ConfigError(f"{path / name} cannot be read: {error.strerror}") from error
+        whole.update(f"{name}\0{one.hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def _read_steps(path: Path, file: str) -> list[dict[str, Any]]:
+    if not (path / file).is_file():
+        raise ConfigError(
+            f"{path} has no {file}; LeRobot before 0.4 kept statistics in the model: bring it up "
+            "to date by python -m lerobot.processor.migrate_policy_normalization"
+        )
+    steps = read_json(path / file).get("steps")
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise CorruptDataError(f"{path / file} has no list of steps.")
+    for step in steps:
+        name = step.get("registry_name")
+        if name not in STEPS[file]:
+            raise ConfigError(
+                f"{path / file} names the step {name or step.get('class')!r}; only these are "
+                f"known, and none is imported: {', '.join(sorted(STEPS[file]))}"
+            )
+    return steps
+
+
+def _steps(path: Path, file: str) -> dict[str, dict[str, Any]]:
+    """Options of the steps by name."""
+    return {str(s["registry_name"]): s.get("config") or {} for s in _read_steps(path, file)}
+
+
+def _state_files(path: Path, file: str) -> dict[str, str]:
+    """Names of the steps' files in the folder."""
+    found: dict[str, str] = {}
+    for step in _read_steps(path, file):
+        state = step.get("state_file")
+        if state is None:
+            continue
+        if not isinstance(state, str) or Path(state).name != state:
+            raise ConfigError(f"{path / file}: state_file {state!r} is no name in the same folder")
+        found[str(step["registry_name"])] = state
+    return found
+
+
+def _options(steps: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    return steps.get(name, {})
+
+
+def _map(options: Mapping[str, Any], name: str) -> dict[str, str]:
+    found = options.get(name) or {}
+    if not isinstance(found, dict):
+        raise CorruptDataError(f"{name} of a LeRobot processor is no JSON object.")
+    return found
+
+
+def _raw(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    features = options.get("features") or {}
+    if not isinstance(features, dict) or not all(isinstance(f, dict) for f in features.values()):
+        raise CorruptDataError("features of a LeRobot processor are no JSON objects.")
+    return features
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return safetensors.numpy.load(read_bytes(path, MAX_STATISTICS_BYTES))
+    except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise CorruptDataError(f"{path} cannot be read: {error}.") from error
