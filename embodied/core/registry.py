@@ -23,6 +23,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "diffusion": "policies.diffusion:DiffusionPolicy",
         "act": "policies.act:ACT",
         "gaussian": "policies.gaussian:GaussianPolicy",
+        "lerobot": "policies.lerobot.policy:LeRobotPolicy",
         "composed": "policies.compose.policy:ComposedPolicy",
         "pooled": "policies.compose.pooled:PooledPolicy",
         "improved": "policies.improved:ImprovedPolicy",
@@ -138,6 +139,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "diffusion": "policies.configs:DiffusionConfig",
         "act": "policies.configs:ACTConfig",
         "gaussian": "policies.configs:GaussianConfig",
+        "lerobot": "policies.lerobot.config:LeRobotConfig",
     },
     "networks": {
         "mlp": "policies.configs:MLPConfig",

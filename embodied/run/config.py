@@ -9,7 +9,7 @@ from embodied.buffer.steps.schema import Codecs
 from embodied.buffer.write.retention import Retention
 from embodied.core import config as core_config
 from embodied.core.errors import ConfigError
-from embodied.core.instructions import encode_instruction
+from embodied.core.instructions import TASK, encode_instruction
 from embodied.core.registry import unknown
 from embodied.core.specs import DeviceSpec
 from embodied.learn.config import LearnerConfig
@@ -18,6 +18,7 @@ from embodied.run.gateway_options import GatewayConfig
 from hal.gpus import one_gpu
 from hal.pool import selectors
 from policies.acting import InferenceConfig
+from policies.specs import policy_spec
 from sim import family
 from sim.family import SimConfig
 
@@ -276,11 +277,11 @@ def _check_policy(config: TrainConfig) -> None:
             f"policy.goals is {list(options.goals)}: the goals of evaluations are what the task's "
             f"scripted expert ends with, and '{config.task}' has none"
         )
-    if options.language is not None:
-        encoder = core_config.options_of("text_encoders", options.language, "policy.language")
+    told = policy_spec(device, keys, options).observation.get(TASK)
+    if told is not None:
         words = [found.make_task(task, config.sim).instruction, *config.instructions.values()]
         for text in words:
-            encode_instruction(text, encoder.max_bytes)
+            encode_instruction(text, told.size)
 
 
 def read_keys(device: DeviceSpec, wanted: tuple[str, ...] | None) -> tuple[str, ...]:

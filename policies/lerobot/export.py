@@ -19,7 +19,7 @@ from embodied.core.errors import ConfigError, CorruptDataError
 from embodied.core.registry import unknown
 from policies.folder import CONFIG, MODEL, read_bytes, read_json
 
-Mode = Literal["IDENTITY", "MEAN_STD", "MIN_MAX", "QUANTILES", "QUANTILE10"]
+Mode = Literal["MEAN_STD", "MIN_MAX", "QUANTILES", "QUANTILE10"]
 STATISTICS: dict[Mode, tuple[str, str]] = {
     "MEAN_STD": ("mean", "std"),
     "MIN_MAX": ("min", "max"),
@@ -117,15 +117,14 @@ def read_export(path: Path) -> Export:
     if model.get("use_peft"):
         raise ConfigError(f"{path} holds a PEFT adapter alone: merge it into its policy first")
     before, after = _steps(path, PREPROCESSOR), _steps(path, POSTPROCESSOR)
-    normalizer = _options(before, NORMALIZER)
+    normalizer, unnormalizer = before.get(NORMALIZER, {}), after.get(UNNORMALIZER, {})
     kept = normalizer.get("normalize_observation_keys")
-    normalization: dict[str, Mode] = {}
-    for key, feature in {**_raw(normalizer), **_raw(_options(after, UNNORMALIZER))}.items():
-        mode = _map(normalizer, "norm_map").get(str(feature.get("type")), "IDENTITY")
-        if mode not in ("IDENTITY", *STATISTICS):
-            raise unknown("LeRobot normalisation", str(mode), STATISTICS)
-        if mode != "IDENTITY" and (kept is None or key in kept or feature.get("type") == "ACTION"):
-            normalization[key] = cast(Mode, mode)
+    normalization: dict[str, Mode] = {
+        key: mode
+        for key, mode in _modes(normalizer).items()
+        if key != "action" and (kept is None or key in kept)
+    }
+    normalization |= {k: m for k, m in _modes(unnormalizer).items() if k == "action"}
     tokenizing = None
     if "tokenizer_processor" in before:
         options = before["tokenizer_processor"]
@@ -137,7 +136,7 @@ def read_export(path: Path) -> Export:
             raise ConfigError(f"{path / PREPROCESSOR}: tokenizer_processor: {error}") from error
     return Export(
         model=model,
-        rename=_map(_options(before, "rename_observations_processor"), "rename_map"),
+        rename=_map(before.get("rename_observations_processor", {}), "rename_map"),
         normalization=normalization,
         eps=float(normalizer.get("eps", 1e-8)),
         tokenizing=tokenizing,
@@ -224,10 +223,6 @@ def _state_files(path: Path, file: str) -> dict[str, str]:
     return found
 
 
-def _options(steps: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any]:
-    return steps.get(name, {})
-
-
 def _map(options: Mapping[str, Any], name: str) -> dict[str, str]:
     found = options.get(name) or {}
     if not isinstance(found, dict):
@@ -235,11 +230,20 @@ def _map(options: Mapping[str, Any], name: str) -> dict[str, str]:
     return found
 
 
-def _raw(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    features = options.get("features") or {}
+def _modes(options: Mapping[str, Any]) -> dict[str, Mode]:
+    """How a processor normalises its features; those that it leaves as they are are left out."""
+    by_type, features = _map(options, "norm_map"), options.get("features") or {}
     if not isinstance(features, dict) or not all(isinstance(f, dict) for f in features.values()):
         raise CorruptDataError("features of a LeRobot processor are no JSON objects.")
-    return features
+    found: dict[str, Mode] = {}
+    for key, feature in features.items():
+        mode = by_type.get(str(feature.get("type")), "IDENTITY")
+        if mode == "IDENTITY":
+            continue
+        if mode not in STATISTICS:
+            raise unknown("LeRobot normalisation", str(mode), STATISTICS)
+        found[key] = cast(Mode, mode)
+    return found
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
