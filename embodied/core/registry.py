@@ -24,6 +24,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "act": "policies.act:ACT",
         "gaussian": "policies.gaussian:GaussianPolicy",
         "lerobot": "policies.lerobot.policy:LeRobotPolicy",
+        "lora": "policies.lora.policy:LoRAPolicy",
         "composed": "policies.compose.policy:ComposedPolicy",
         "pooled": "policies.compose.pooled:PooledPolicy",
         "improved": "policies.improved:ImprovedPolicy",
@@ -140,6 +141,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "act": "policies.configs:ACTConfig",
         "gaussian": "policies.configs:GaussianConfig",
         "lerobot": "policies.lerobot.config:LeRobotConfig",
+        "lora": "policies.lora.config:LoRAConfig",
     },
     "networks": {
         "mlp": "policies.configs:MLPConfig",

@@ -66,7 +66,8 @@ def make_model(export: Export, backbone: str | None) -> Any:
             config = decode(base.get_choice_class(export.type), settings)
             model = policies.get_policy_class(export.type)(config).float()
     except (malformed, ValueError, TypeError, AttributeError, NotImplementedError) as error:
-        raise ConfigError(f"LeRobot's '{export.type}' cannot be made: {error}") from error
+        why = f"{error} {error.__cause__ or ''}".strip()
+        raise ConfigError(f"LeRobot's '{export.type}' cannot be made: {why}") from error
     except ImportError as error:
         raise MissingDependencyError(f"LeRobot's '{export.type}': {error}") from error
     ahead = list(config.action_delta_indices)

@@ -18,7 +18,7 @@ DEVICE = DeviceSpec(
     observation={
         STATE: ArraySpec((3,)),
         ENV: ArraySpec((2,)),
-        FRONT: ArraySpec((32, 32, 3), "uint8"),
+        FRONT: ArraySpec((64, 64, 3), "uint8"),
     },
     action=ArraySpec((2,), low=(-2.0,), high=(2.0,)),
     tick_hz=10.0,
@@ -48,7 +48,7 @@ def features(*keys: str) -> Any:
     known = {
         STATE: PolicyFeature(FeatureType.STATE, (3,)),
         ENV: PolicyFeature(FeatureType.ENV, (2,)),
-        FRONT: PolicyFeature(FeatureType.VISUAL, (3, 32, 32)),
+        FRONT: PolicyFeature(FeatureType.VISUAL, (3, 64, 64)),
     }
     return {
         "input_features": {key: known[key] for key in keys},
@@ -60,7 +60,10 @@ def features(*keys: str) -> Any:
 def export(path, name: str, *, seed: int = 0, **options: Any) -> Any:
     """Write a tiny policy as LeRobot does; returns LeRobot's model and its processors."""
     config = _CONFIGS[name](path, options)
+    from lerobot.policies.act.processor_act import make_act_pre_post_processors
     from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+
+    make = make_act_pre_post_processors if name == "noisy" else make_pre_post_processors
 
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng())
@@ -73,7 +76,7 @@ def export(path, name: str, *, seed: int = 0, **options: Any) -> Any:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.02 * torch.randn_like(parameter))
-    before, after = make_pre_post_processors(config, dataset_stats=statistics())
+    before, after = make(config, dataset_stats=statistics())
     model.save_pretrained(path)
     before.save_pretrained(path)
     after.save_pretrained(path)
@@ -130,6 +133,12 @@ def _smolvla(path: Any, options: dict[str, Any]) -> Any:
     return SmolVLAConfig(**{**features(STATE, FRONT), **sizes, **options})
 
 
+def _noisy(_: Any, options: dict[str, Any]) -> Any:
+    from lerobot_plugin import NoisyConfig
+
+    return NoisyConfig(**{**features(STATE, ENV), **options})
+
+
 def language_model(path: Any) -> Any:
     """A folder with the configuration of a tiny SmolVLM and a tokenizer of whole words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -139,7 +148,9 @@ def language_model(path: Any) -> Any:
     special = ("<pad>", "<unk>", "<fake_token_around_image>", "<global-img>")
     words = {word: index for index, word in enumerate((*special, *WORDS))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated")]
+    )
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>"
     ).save_pretrained(path)
@@ -170,4 +181,4 @@ def language_model(path: Any) -> Any:
     return path
 
 
-_CONFIGS = {"act": _act, "diffusion": _diffusion, "smolvla": _smolvla}
+_CONFIGS = {"act": _act, "diffusion": _diffusion, "noisy": _noisy, "smolvla": _smolvla}
