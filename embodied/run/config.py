@@ -9,9 +9,9 @@ from embodied.buffer.steps.schema import Codecs
 from embodied.buffer.write.retention import Retention
 from embodied.core import config as core_config
 from embodied.core.errors import ConfigError
-from embodied.core.instructions import TASK, encode_instruction
+from embodied.core.instructions import GOAL, TASK, encode_instruction
 from embodied.core.registry import unknown
-from embodied.core.specs import DeviceSpec
+from embodied.core.specs import DeviceSpec, PolicySpec
 from embodied.learn.config import LearnerConfig
 from embodied.run.algorithm import check_critic, check_density, make_algorithm
 from embodied.run.gateway_options import GatewayConfig
@@ -222,10 +222,10 @@ def load_train(overrides: list[str]) -> TrainConfig:
 
 def check(config: TrainConfig) -> TrainConfig:
     """Raise ConfigError for values that contradict each other; return the same configuration."""
-    _check_policy(config)
+    spec = _check_policy(config)
     algorithm = make_algorithm(config.algorithm)
     options = core_config.options_of("policies", config.policy, "policy")
-    check_critic(algorithm, options.n_action_steps)
+    check_critic(algorithm, spec.n_action_steps)
     check_density(algorithm, options)
     _check_data(config, asks_expert=algorithm.asks_expert)
     learner = config.learner
@@ -262,26 +262,26 @@ def check(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def _check_policy(config: TrainConfig) -> None:
+def _check_policy(config: TrainConfig) -> PolicySpec:
     options = core_config.options_of("policies", config.policy, "policy")
     for kind, data, where in options.parts():
         core_config.options_of(kind, data, where)
     found, task = family.find(config.task)
     device = found.make_driver(task, config.sim).spec
     keys = read_keys(device, config.observations)
-    for key in options.goals:
-        if key not in keys:
-            raise unknown("key in policy.goals", key, keys)
-    if options.goals and found.make_expert(task, device) is None:
+    spec = policy_spec(device, keys, options)
+    goals = [key.removeprefix(GOAL) for key in spec.observation if key.startswith(GOAL)]
+    if goals and found.make_expert(task, device) is None:
         raise ConfigError(
-            f"policy.goals is {list(options.goals)}: the goals of evaluations are what the task's "
-            f"scripted expert ends with, and '{config.task}' has none"
+            f"policy.goals is {goals}: the goals of evaluations are what the task's scripted "
+            f"expert ends with, and '{config.task}' has none"
         )
-    told = policy_spec(device, keys, options).observation.get(TASK)
+    told = spec.observation.get(TASK)
     if told is not None:
         words = [found.make_task(task, config.sim).instruction, *config.instructions.values()]
         for text in words:
             encode_instruction(text, told.size)
+    return spec
 
 
 def read_keys(device: DeviceSpec, wanted: tuple[str, ...] | None) -> tuple[str, ...]:

@@ -29,14 +29,13 @@ class LeRobotConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     path: str | None = None
     backbone: str | None = None
-    rename: dict[str, str] = {}
+    rename: dict[str, str] | None = None
     n_action_steps: Annotated[int, msgspec.Meta(ge=1)] | None = None
     statistics: Literal["exported", "data"] = "exported"
     task_bytes: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 256
     exported: Export | None = None
 
     has_density: ClassVar[bool] = False
-    goals: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         """Read the folder. ConfigError for one that cannot be used."""
@@ -86,7 +85,7 @@ class LeRobotConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     def model_key(self, key: str) -> str:
         """The model's name of a robot's observation."""
-        return {**self.export.rename, **self.rename}.get(key, key)
+        return {**self.export.rename, **(self.rename or {})}.get(key, key)
 
     def policy_spec(self, device: DeviceSpec, observation_keys: Iterable[str]) -> PolicySpec:
         """What it reads and produces on a device; ConfigError if they do not fit each other."""

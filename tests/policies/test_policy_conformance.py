@@ -25,7 +25,7 @@ NEEDS_AN_EXPORT = {"lerobot"}
 """See test_lerobot_policy.py."""
 
 CASES = [
-    (policy, network)
+    pytest.param((policy, network), marks=[pytest.mark.slow] if policy == "lora" else [])
     for policy in names("policies")
     if policy not in NEEDS_AN_EXPORT
     for network in networks(policy)
