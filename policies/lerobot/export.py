@@ -6,9 +6,8 @@ steps are read here, by name, and no others than STEPS are accepted.
 """
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -30,18 +29,13 @@ STATISTICS: dict[Mode, tuple[str, str]] = {
 
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 NORMALIZER, UNNORMALIZER = "normalizer_processor", "unnormalizer_processor"
+RENAMER, TOKENIZER = "rename_observations_processor", "tokenizer_processor"
 NEWLINES = ("smolvla_new_line_processor", "pi0_new_line_processor")
 ARRANGED = ("device_processor", "to_batch_processor")
 """Steps that arrange what is here arranged already."""
 
 STEPS = {
-    PREPROCESSOR: (
-        *ARRANGED,
-        *NEWLINES,
-        NORMALIZER,
-        "rename_observations_processor",
-        "tokenizer_processor",
-    ),
+    PREPROCESSOR: (*ARRANGED, *NEWLINES, NORMALIZER, RENAMER, TOKENIZER),
     POSTPROCESSOR: (*ARRANGED, UNNORMALIZER),
 }
 BACKBONE = (
@@ -73,6 +67,35 @@ class Feature(msgspec.Struct, frozen=True, kw_only=True):
 
     type: Literal["STATE", "VISUAL", "ENV", "ACTION", "REWARD", "LANGUAGE"]
     shape: tuple[Annotated[int, msgspec.Meta(ge=1)], ...]
+
+
+class _Step(msgspec.Struct, kw_only=True):
+    """A step of a processor file; a class in the place of a registered name is never imported."""
+
+    registry_name: str | None = None
+    class_: str | None = msgspec.field(default=None, name="class")
+    config: dict[str, Any] = {}
+    state_file: str | None = None
+
+
+class _Typed(msgspec.Struct):
+    type: str
+
+
+class _Normalizing(msgspec.Struct, kw_only=True):
+    """Options of the steps that normalise."""
+
+    features: dict[str, _Typed] = {}
+    norm_map: dict[str, str] = {}
+    eps: float = 1e-8
+    normalize_observation_keys: list[str] | None = None
+
+
+class _Renaming(msgspec.Struct, kw_only=True):
+    rename_map: dict[str, str] = {}
+
+
+T = TypeVar("T")
 
 
 class Export(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -116,9 +139,12 @@ def read_export(path: Path) -> Export:
         raise ConfigError(f"{path / CONFIG} has no type: it was not exported by LeRobot 0.4")
     if model.get("use_peft"):
         raise ConfigError(f"{path} holds a PEFT adapter alone: merge it into its policy first")
-    before, after = _steps(path, PREPROCESSOR), _steps(path, POSTPROCESSOR)
-    normalizer, unnormalizer = before.get(NORMALIZER, {}), after.get(UNNORMALIZER, {})
-    kept = normalizer.get("normalize_observation_keys")
+    before = {str(step.registry_name): step.config for step in _steps(path, PREPROCESSOR)}
+    after = {str(step.registry_name): step.config for step in _steps(path, POSTPROCESSOR)}
+    normalizer = _typed(before.get(NORMALIZER, {}), _Normalizing, path / PREPROCESSOR)
+    unnormalizer = _typed(after.get(UNNORMALIZER, {}), _Normalizing, path / POSTPROCESSOR)
+    renaming = _typed(before.get(RENAMER, {}), _Renaming, path / PREPROCESSOR)
+    kept = normalizer.normalize_observation_keys
     normalization: dict[str, Mode] = {
         key: mode
         for key, mode in _modes(normalizer).items()
@@ -126,19 +152,16 @@ def read_export(path: Path) -> Export:
     }
     normalization |= {k: m for k, m in _modes(unnormalizer).items() if k == "action"}
     tokenizing = None
-    if "tokenizer_processor" in before:
-        options = before["tokenizer_processor"]
+    if TOKENIZER in before:
+        options = before[TOKENIZER]
         known = {k: options[k] for k in ("max_length", "padding", "padding_side") if k in options}
         newline = any(name in before for name in NEWLINES)
-        try:
-            tokenizing = msgspec.convert({**known, "newline": newline}, Tokenizing)
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"{path / PREPROCESSOR}: tokenizer_processor: {error}") from error
+        tokenizing = _typed({**known, "newline": newline}, Tokenizing, path / PREPROCESSOR)
     return Export(
         model=model,
-        rename=_map(before.get("rename_observations_processor", {}), "rename_map"),
+        rename=renaming.rename_map,
         normalization=normalization,
-        eps=float(normalizer.get("eps", 1e-8)),
+        eps=normalizer.eps,
         tokenizing=tokenizing,
     )
 
@@ -186,62 +209,52 @@ def hash_files(path: Path, names: list[str]) -> str:
     return whole.hexdigest()
 
 
-def _read_steps(path: Path, file: str) -> list[dict[str, Any]]:
+def _steps(path: Path, file: str) -> list[_Step]:
+    """The steps of a processor file; ConfigError for one that is not known."""
     if not (path / file).is_file():
         raise ConfigError(
             f"{path} has no {file}; LeRobot before 0.4 kept statistics in the model: bring it up "
             "to date by python -m lerobot.processor.migrate_policy_normalization"
         )
-    steps = read_json(path / file).get("steps")
-    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
-        raise CorruptDataError(f"{path / file} has no list of steps.")
+    steps = _typed(read_json(path / file).get("steps"), list[_Step], path / file)
     for step in steps:
-        name = step.get("registry_name")
-        if name not in STEPS[file]:
+        if step.registry_name not in STEPS[file]:
             raise ConfigError(
-                f"{path / file} names the step {name or step.get('class')!r}; only these are "
-                f"known, and none is imported: {', '.join(sorted(STEPS[file]))}"
+                f"{path / file} names the step '{step.registry_name or step.class_}'; only these "
+                f"are known, and none is imported: {', '.join(sorted(STEPS[file]))}"
             )
     return steps
-
-
-def _steps(path: Path, file: str) -> dict[str, dict[str, Any]]:
-    """Options of the steps by name."""
-    return {str(s["registry_name"]): s.get("config") or {} for s in _read_steps(path, file)}
 
 
 def _state_files(path: Path, file: str) -> dict[str, str]:
     """Names of the steps' files in the folder."""
     found: dict[str, str] = {}
-    for step in _read_steps(path, file):
-        state = step.get("state_file")
+    for step in _steps(path, file):
+        state = step.state_file
         if state is None:
             continue
-        if not isinstance(state, str) or Path(state).name != state:
+        if Path(state).name != state or "\0" in state:
             raise ConfigError(f"{path / file}: state_file {state!r} is no name in the same folder")
-        found[str(step["registry_name"])] = state
+        found[str(step.registry_name)] = state
     return found
 
 
-def _map(options: Mapping[str, Any], name: str) -> dict[str, str]:
-    found = options.get(name) or {}
-    if not isinstance(found, dict):
-        raise CorruptDataError(f"{name} of a LeRobot processor is no JSON object.")
-    return found
+def _typed(data: Any, kind: type[T], where: Path) -> T:
+    try:
+        return msgspec.convert(data, kind)
+    except msgspec.ValidationError as error:
+        raise CorruptDataError(f"{where} cannot be read: {error}.") from error
 
 
-def _modes(options: Mapping[str, Any]) -> dict[str, Mode]:
+def _modes(options: _Normalizing) -> dict[str, Mode]:
     """How a processor normalises its features; those that it leaves as they are are left out."""
-    by_type, features = _map(options, "norm_map"), options.get("features") or {}
-    if not isinstance(features, dict) or not all(isinstance(f, dict) for f in features.values()):
-        raise CorruptDataError("features of a LeRobot processor are no JSON objects.")
     found: dict[str, Mode] = {}
-    for key, feature in features.items():
-        mode = by_type.get(str(feature.get("type")), "IDENTITY")
+    for key, feature in options.features.items():
+        mode = options.norm_map.get(feature.type, "IDENTITY")
         if mode == "IDENTITY":
             continue
         if mode not in STATISTICS:
-            raise unknown("LeRobot normalisation", str(mode), STATISTICS)
+            raise unknown("LeRobot normalisation", mode, STATISTICS)
         found[key] = cast(Mode, mode)
     return found
 
