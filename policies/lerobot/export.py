@@ -132,7 +132,7 @@ def read_export(path: Path) -> Export:
     if not (path / CONFIG).is_file():
         raise ConfigError(
             f"policy.path={path} is no folder of a LeRobot policy; give a local one: nothing is "
-            "downloaded (huggingface-cli download REPO --local-dir DIR brings it)"
+            "downloaded (hf download REPO --local-dir DIR brings it)"
         )
     model = read_json(path / CONFIG)
     if "type" not in model:
