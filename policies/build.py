@@ -7,9 +7,9 @@ import torch
 
 from embodied.core.config import component, convert
 from embodied.core.specs import DeviceSpec, PolicySpec
-from policies.chunk import ChunkPolicy
 from policies.critics.configs import CriticConfig
 from policies.critics.ensemble import EnsembleCritic
+from policies.lerobot.policy import LeRobotPolicy
 from policies.normalizer import FeatureStats
 from policies.specs import policy_spec
 
@@ -22,8 +22,8 @@ def build_policy(
     stats: Mapping[str, FeatureStats],
     *,
     seed: int,
-) -> ChunkPolicy[Any]:
-    """A fresh policy for a device.
+) -> Any:
+    """A policy for a device, fresh unless its options name a trained one.
 
     config: options of the policy, among them `network`, a mapping with a name of its own.
     observation_keys: what it reads of the device. stats: statistics of the demonstrations for
@@ -35,6 +35,8 @@ def build_policy(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         policy = cls(spec, typed_config)
+    if isinstance(policy, LeRobotPolicy):
+        policy.load_export()
     policy.set_statistics(stats)
     policy.seed_training(seed)
     return policy

@@ -23,16 +23,22 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from embodied.core.config import component
-from embodied.core.errors import ConfigError, CorruptDataError, SpecError
+from embodied.core.errors import ConfigError, CorruptDataError
 from embodied.core.files import fsync_directory, write_atomic
 from embodied.core.registry import resolve
 from embodied.core.specs import PolicySpec
+from policies.folder import (
+    CONFIG,
+    MODEL,
+    digest,
+    read_bytes,
+    read_config,
+    spec_data,
+    spec_from_data,
+)
 
 FORMAT = 1
-CONFIG, MODEL = "config.json", "model.safetensors"
-MAX_CONFIG_BYTES = 1 << 20
 HEADER_BYTES_PER_ARRAY = 512
-MAX_ELEMENTS = 1 << 22
 REMEDY = "Restore the directory from a copy, or use another checkpoint."
 
 
@@ -110,7 +116,7 @@ def save_policy(path: Path, policy: Storable) -> None:
     config, arrays = policy_state(policy)
     model = safetensors.numpy.save(arrays)
     content = {**config, "model_sha256": hashlib.sha256(model).hexdigest()}
-    sealed = {**content, "sha256": _digest(content)}
+    sealed = {**content, "sha256": digest(content)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -132,7 +138,7 @@ def save_policy(path: Path, policy: Storable) -> None:
 def load_policy(path: Path) -> Any:
     """Read a checkpoint directory; ConfigError or CorruptDataError name what is wrong with it."""
     try:
-        config = _read_config(path / CONFIG)
+        config = read_config(path / CONFIG)
         arrays = _read_model(path / MODEL, config)
         return policy_from_state(config, arrays)
     except RecursionError as error:
@@ -141,39 +147,16 @@ def load_policy(path: Path) -> Any:
         raise type(error)(f"checkpoint {path}: {error} {REMEDY}") from error
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        sealed = json.loads(_read(path, MAX_CONFIG_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise CorruptDataError(f"{CONFIG} is no JSON: {error}.") from error
-    if not isinstance(sealed, dict):
-        raise CorruptDataError(f"{CONFIG} is no JSON object.")
-    content = {key: value for key, value in sealed.items() if key != "sha256"}
-    if sealed.get("sha256") != _digest(content):
-        raise CorruptDataError(f"{CONFIG} does not match its own hash: a byte was changed.")
-    return content
-
-
 def _read_model(path: Path, config: dict[str, Any]) -> dict[str, np.ndarray]:
     expected = _expected_arrays(lambda: construct(config))
     size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in expected.values())
-    data = _read(path, size + HEADER_BYTES_PER_ARRAY * (len(expected) + 1))
+    data = read_bytes(path, size + HEADER_BYTES_PER_ARRAY * (len(expected) + 1))
     if hashlib.sha256(data).hexdigest() != config.get("model_sha256"):
         raise CorruptDataError(f"{MODEL} does not match its hash in {CONFIG}.")
     try:
         return safetensors.numpy.load(data)
     except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
         raise CorruptDataError(f"{MODEL} cannot be read: {error}.") from error
-
-
-def _read(path: Path, limit: int) -> bytes:
-    if not path.is_file():
-        raise CorruptDataError(f"{path.name} is missing or no regular file.")
-    with open(path, "rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise CorruptDataError(f"{path.name} is larger than the {limit} bytes it may have.")
-    return data
 
 
 Shapes = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
@@ -230,45 +213,3 @@ def construct(config: Mapping[str, Any]) -> Any:
     spec = spec_from_data(config["spec"])
     with _WithoutInitialisation():
         return cls(spec, options)
-
-
-def spec_data(spec: PolicySpec) -> dict[str, Any]:
-    """A spec as plain JSON values."""
-    return _finite(msgspec.to_builtins(spec))
-
-
-def spec_from_data(data: Any, owner: str = "policy") -> PolicySpec:
-    """Inverse of spec_data; CorruptDataError if it is none, ConfigError for one too large."""
-    try:
-        spec = msgspec.convert(_infinite(data), PolicySpec)
-    except (msgspec.ValidationError, SpecError) as error:
-        raise CorruptDataError(f"the {owner}'s spec cannot be read: {error}.") from error
-    sizes = [spec.action.size * spec.horizon]
-    sizes += [spec.n_obs_steps * array.size for array in spec.observation.values()]
-    if max(sizes) > MAX_ELEMENTS:
-        raise ConfigError(f"the {owner}'s spec has {max(sizes)} elements; that is too many.")
-    return spec
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    """SHA-256 over the canonical JSON text."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _finite(value: Any) -> Any:
-    """Replace infinities, which JSON lacks, by "inf" and "-inf"."""
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return str(value) if isinstance(value, float) and math.isinf(value) else value
-
-
-def _infinite(value: Any) -> Any:
-    """Inverse of _finite; no text of a spec is otherwise "inf" or "-inf"."""
-    if isinstance(value, Mapping):
-        return {k: _infinite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_infinite(v) for v in value]
-    return float(value) if value in ("inf", "-inf") else value

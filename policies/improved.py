@@ -16,10 +16,11 @@ from embodied.core.seeds import derive_seed
 from embodied.core.specs import PolicySpec
 from policies import noise
 from policies.arrays import float32_bounds, put_prefix
-from policies.checkpoint import construct, policy_state, spec_data, spec_from_data
+from policies.checkpoint import construct, policy_state
 from policies.compose.members import check_actions, own_part
 from policies.critics.configs import CriticConfig, ImprovementConfig
 from policies.critics.ensemble import EnsembleCritic
+from policies.folder import spec_data, spec_from_data
 from policies.guidance import check_delay
 from policies.improvement import choose, improve
 from policies.noise import Generators

@@ -27,11 +27,12 @@ from embodied.core.errors import ConfigError, CorruptDataError
 from embodied.core.protocols import Prediction
 from embodied.core.specs import PolicySpec
 from policies.base import GenerativePolicy
-from policies.checkpoint import MODEL, load_policy
+from policies.checkpoint import load_policy
 from policies.compose.policy import check_denoiser
 from policies.configs import MeanFlowConfig
 from policies.conversions import Scalar, flow_time, signal_noise, velocity_at
 from policies.flow import FlowPolicy
+from policies.folder import find_folder
 from policies.networks.stages import Cond, Prepared
 from policies.networks.time import SinusoidalTime
 from policies.reading import Array
@@ -197,11 +198,7 @@ class MeanFlowPolicy(FlowPolicy):
 
     def _load_teacher(self) -> GenerativePolicy[Any]:
         where = f"policy.teacher={self.config.teacher}"
-        folder = Path(str(self.config.teacher))
-        if not (folder / MODEL).exists():
-            folder = folder / "policy"
-        if not (folder / MODEL).exists():
-            raise ConfigError(f"{where} is no policy's folder, nor a run's that has a policy yet")
+        folder = find_folder(Path(str(self.config.teacher)), "policy.teacher")
         try:
             teacher = load_policy(folder)
         except (ConfigError, CorruptDataError) as error:

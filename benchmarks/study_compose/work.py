@@ -22,8 +22,9 @@ from embodied.run.compose import ComposeRun
 from embodied.run.compose_config import ComposeConfig
 from embodied.run.config import CollectConfig, TrainConfig, load_train
 from embodied.run.evaluate import Evaluator
-from policies.checkpoint import MODEL, load_policy
+from policies.checkpoint import load_policy
 from policies.compose.build import compose as compose_policies
+from policies.folder import MODEL
 from sim.family import SimConfig
 
 ROWS = 20

@@ -26,6 +26,8 @@ BUILTIN: dict[str, dict[str, str]] = {
         "autoregressive": "policies.tokens.policy:AutoregressivePolicy",
         "vla": "policies.vla.policy:VLA",
         "uwm": "policies.world.uwm:UWM",
+        "lerobot": "policies.lerobot.policy:LeRobotPolicy",
+        "lora": "policies.lora.policy:LoRAPolicy",
         "composed": "policies.compose.policy:ComposedPolicy",
         "pooled": "policies.compose.pooled:PooledPolicy",
         "improved": "policies.improved:ImprovedPolicy",
@@ -153,6 +155,8 @@ OPTIONS: dict[str, dict[str, str]] = {
         "autoregressive": "policies.tokens.configs:AutoregressiveConfig",
         "vla": "policies.vla.configs:VLAConfig",
         "uwm": "policies.world.configs:UWMConfig",
+        "lerobot": "policies.lerobot.config:LeRobotConfig",
+        "lora": "policies.lora.config:LoRAConfig",
     },
     "networks": {
         "mlp": "policies.configs:MLPConfig",

@@ -19,7 +19,7 @@ class EMA:
         self, policy: nn.Module, *, decay: float = 0.9999, power: float = 0.75, prefix: str = ""
     ) -> None:
         """Start at the policy's present parameters. decay: largest d. power: 0 averages nothing.
-        prefix: parameters of other names are left alone."""
+        prefix: parameters of other names are left alone, as are those that are not trained."""
         if not (0 <= decay < 1 and power >= 0):
             raise ConfigError(
                 f"decay is {decay} and power {power}; they need 0 ≤ decay < 1, 0 ≤ power"
@@ -30,7 +30,7 @@ class EMA:
         self._average = {
             key: parameter.detach().clone()
             for key, parameter in policy.named_parameters()
-            if key.startswith(prefix)
+            if key.startswith(prefix) and parameter.requires_grad
         }
 
     @property

@@ -52,7 +52,7 @@ def device_spec(config: TrainConfig) -> DeviceSpec:
 def window_spec(config: TrainConfig) -> WindowSpec:
     """Which windows the run's algorithm learns from."""
     spec = policy_spec(config)
-    options: ChunkConfig = options_of("policies", config.policy, "policy")
+    options: ChunkConfig | specs.KnowsSpec = options_of("policies", config.policy, "policy")
     windows = msgspec.structs.replace(
         windows_of(spec),
         future=options.future,

@@ -10,9 +10,9 @@ from embodied.buffer.steps.schema import Codecs
 from embodied.buffer.write.retention import Retention
 from embodied.core import config as core_config
 from embodied.core.errors import ConfigError
-from embodied.core.instructions import encode_instruction
+from embodied.core.instructions import GOAL, TASK, encode_instruction
 from embodied.core.registry import unknown
-from embodied.core.specs import DeviceSpec
+from embodied.core.specs import DeviceSpec, PolicySpec
 from embodied.learn.config import LearnerConfig
 from embodied.run.algorithm import check_critic, check_density, make_algorithm
 from embodied.run.gateway_options import GatewayConfig
@@ -20,6 +20,7 @@ from hal.gpus import one_gpu
 from hal.pool import selectors
 from hal.rewards import make_reward
 from policies.acting import InferenceConfig
+from policies.specs import policy_spec
 from sim import family
 from sim.family import SimConfig
 
@@ -182,11 +183,9 @@ def load_train(overrides: list[str]) -> TrainConfig:
 
 def check(config: TrainConfig) -> TrainConfig:
     """Raise ConfigError for values that contradict each other; return the same configuration."""
-    _check_policy(config)
     algorithm = make_algorithm(config.algorithm)
-    options = core_config.options_of("policies", config.policy, "policy")
-    check_critic(algorithm, options.n_action_steps)
-    check_density(algorithm, options)
+    check_critic(algorithm, _check_policy(config).n_action_steps)
+    check_density(algorithm, core_config.options_of("policies", config.policy, "policy"))
     _check_data(config, asks_expert=algorithm.asks_expert)
     if config.reward is not None:
         found, task = family.find(config.task)
@@ -225,26 +224,26 @@ def check(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def _check_policy(config: TrainConfig) -> None:
+def _check_policy(config: TrainConfig) -> PolicySpec:
     options = core_config.options_of("policies", config.policy, "policy")
     for kind, data, where in options.parts():
         core_config.options_of(kind, data, where)
     found, task = family.find(config.task)
     device = found.make_driver(task, config.sim).spec
     keys = read_keys(device, config.observations)
-    for key in options.goals:
-        if key not in keys:
-            raise unknown("key in policy.goals", key, keys)
-    options.future_keys(keys)
-    if options.goals and found.make_expert(task, device) is None:
+    spec = policy_spec(device, keys, options)
+    options.future_keys(spec.observation)
+    goals = [key.removeprefix(GOAL) for key in spec.observation if key.startswith(GOAL)]
+    if goals and found.make_expert(task, device) is None:
         raise ConfigError(
-            f"policy.goals is {list(options.goals)}: the goals of evaluations are what the task's "
-            f"scripted expert ends with, and '{config.task}' has none"
+            f"policy.goals is {goals}: the goals of evaluations are what the task's scripted "
+            f"expert ends with, and '{config.task}' has none"
         )
-    if options.language is not None:
-        encoder = core_config.options_of("text_encoders", options.language, "policy.language")
-        for text in (found.make_task(task, config.sim).instruction, *config.instructions.values()):
-            encode_instruction(text, encoder.max_bytes)
+    if told := spec.observation.get(TASK):
+        words = [found.make_task(task, config.sim).instruction, *config.instructions.values()]
+        for text in words:
+            encode_instruction(text, told.size)
+    return spec
 
 
 def read_keys(device: DeviceSpec, wanted: tuple[str, ...] | None) -> tuple[str, ...]:

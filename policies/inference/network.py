@@ -10,11 +10,13 @@ from torch import nn
 from embodied.core.errors import ConfigError
 from policies.acting import InferenceConfig
 from policies.inference.packing import PackedConv1d, pack, packable
+from policies.lora.merge import merge_adapters
 from policies.networks.stages import Context, Staged
 
 
 class ActingNetwork(nn.Module):
-    """A network whose second stage is packed, of lower precision or compiled.
+    """A network whose second stage is packed, of lower precision or compiled, and whose low-rank
+    updates are folded in unless it is compiled.
 
     The first stage stays float32 and the source's own: bfloat16 does not tell neighbouring times
     apart. It holds the source's weights as they were at the last `refresh`.
@@ -41,7 +43,7 @@ class ActingNetwork(nn.Module):
 
     def refresh(self) -> None:
         """Take the source's weights as they are now."""
-        if self._packed:
+        if self._packed or self._merged:
             self._make()
             return
         with torch.no_grad():
@@ -49,7 +51,9 @@ class ActingNetwork(nn.Module):
                 own.copy_(new)
 
     def _make(self) -> None:
-        self._body = copy.deepcopy(self._source).requires_grad_(False).to(self._dtype).eval()
+        self._body = copy.deepcopy(self._source).requires_grad_(False)
+        self._merged = not self._compile and merge_adapters(self._body)
+        self._body = self._body.to(self._dtype).eval()
         if self._packed:
             pack(self._body)
             self._packed = any(isinstance(m, PackedConv1d) for m in self._body.modules())

@@ -1,4 +1,5 @@
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from embodied.core.specs import ArraySpec, DeviceSpec, PolicySpec
 from policies.build import build_critic, build_policy
+from policies.checkpoint import save_policy
 from policies.chunk import ChunkPolicy
 from policies.compose.build import compose
 from policies.critics.configs import ImprovementConfig
@@ -52,7 +54,10 @@ def one_thread() -> Iterator[None]:
 
 
 class Fixtures:
-    """Small policies, observations and batches."""
+    """Small policies, observations and batches. folder: where bases of adapted policies go."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def device(self, action_dim: int = 2, low: float = -1.0, high: float = 1.0) -> DeviceSpec:
         return DeviceSpec(
@@ -84,6 +89,11 @@ class Fixtures:
             improvement = ImprovementConfig(proposals=6, kept=3, steps=2, step_size=0.1)
             return improved(base, self.critic(base.spec, seed=seed), improvement)
         device = device or self.device()
+        if name == "lora":
+            base = self.folder / "base"
+            save_policy(base, self.awaken(self.policy(device=device, seed=seed, **options)))
+            config = {"base": str(base), "rank": 4}
+            return build_policy(name, config, device, device.observation, {}, seed=seed)
         network = options.pop("network", "mlp")
         sizes: dict[str, Any] = SMALL_ALONE.get(name, {})
         if not sizes:
@@ -115,10 +125,10 @@ class Fixtures:
         }
 
     def awaken(self, policy: Any, seed: int = 5) -> Any:
-        """Random weights everywhere, the zero-initialised output layer included."""
+        """Random weights in all that is trained, the zero-initialised output layer included."""
         rng = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for parameter in policy.parameters():
+            for parameter in (p for p in policy.parameters() if p.requires_grad):
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng))
         return policy
 
@@ -140,8 +150,8 @@ class Fixtures:
 
 
 @pytest.fixture
-def make() -> Fixtures:
-    return Fixtures()
+def make(tmp_path: Path) -> Fixtures:
+    return Fixtures(tmp_path)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from policies.checkpoint import (
     save_policy,
 )
 from policies.flow import FlowPolicy
+from policies.folder import digest
 
 TINY = {"name": "mlp", "width": 8, "depth": 1, "time_dim": 4}
 
@@ -40,7 +41,7 @@ def reseal(path: Path, change) -> None:
     content = json.loads((path / "config.json").read_text())
     content.pop("sha256")
     change(content)
-    content["sha256"] = checkpoint._digest(content)
+    content["sha256"] = digest(content)
     (path / "config.json").write_text(json.dumps(content))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import safetensors.numpy
 from linking import Ask
 from spooling import make_step
 from uploads import changed, upload
@@ -24,12 +25,19 @@ from embodied.learn.success.labels import read_hand_labels
 from embodied.run.site import host
 from embodied.run.site import messages as site
 from embodied.weights import acting, manifests, patches, planes
+from policies.lerobot import export
 from policies.success import configs as success
 
 _SCHEMA = schema.Codecs({}).schema_of(make_step(0, 0, 9))
 _PIXELS = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
 _UPLOAD, _ARRAYS = upload(make_step(0, 0, 9))
 _FORM = acting.acting_form({"w": np.arange(8, dtype=np.float32)}, "float32")
+_PROCESSOR = (
+    b'{"steps": [{"registry_name": "unnormalizer_processor", "config": {"features": {"action":'
+    b' {"type": "ACTION"}}, "norm_map": {"ACTION": "MIN_MAX"}}, "state_file":'
+    b' "statistics.safetensors"}]}'
+)
+_STATISTICS = safetensors.numpy.save({"action.min": np.zeros(2, np.float32)})
 _MANIFEST = manifests.WeightManifest(1, "0" * 64, 8, None, {}, {})
 _CLASSIFIER = success.StoredClassifier(
     format=success.FORMAT,
@@ -70,6 +78,22 @@ def in_file(read: Callable[[Path], object], data: bytes):
         file.write(data)
         file.flush()
         return read(Path(file.name))
+
+
+def exported(file: str, data: bytes):
+    """An export of LeRobot's whose `file` holds the data."""
+    files = {
+        "config.json": b'{"type": "act"}',
+        "policy_preprocessor.json": b'{"steps": []}',
+        "policy_postprocessor.json": _PROCESSOR,
+        "statistics.safetensors": _STATISTICS,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in {**files, file: data}.items():
+            (Path(folder) / name).write_bytes(content)
+        found = export.read_export(Path(folder))
+        found.features("input_features")
+        return found, export.read_statistics(Path(folder))
 
 
 def assigned(data: bytes):
@@ -157,6 +181,14 @@ DECODERS = {
     "success classifier": Decoder(
         "policies/success/configs.py", success.decode_header, msgspec.json.encode(_CLASSIFIER)
     ),
+    **{
+        f"{file} of LeRobot": Decoder("policies/lerobot/export.py", partial(exported, file), sample)
+        for file, sample in (
+            ("config.json", b'{"type": "act", "input_features": {}}'),
+            ("policy_postprocessor.json", _PROCESSOR),
+            ("statistics.safetensors", _STATISTICS),
+        )
+    },
 }
 
 ELSEWHERE = {
@@ -167,6 +199,7 @@ ELSEWHERE = {
     "embodied/comms/identity/authority.py": "tests/embodied/comms/identity/test_authority.py",
     "embodied/comms/identity/signing.py": "tests/embodied/comms/identity/test_peers.py",
     "policies/checkpoint.py": "tests/policies/test_policy_checkpoint.py",
+    "policies/folder.py": "tests/policies/test_policy_checkpoint.py",
 }
 """Decoders that are fed with damage by tests of their own."""
 
