@@ -78,13 +78,13 @@ class ActorCriticConfig(BCConfig, frozen=True, forbid_unknown_fields=True, kw_on
     """
 
     cloning_steps: Count = 2000
-    offline_steps: Count = 2000
+    offline_steps: Count = 3000
     demonstrations: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.5
     critic: dict[str, Any] = msgspec.field(default_factory=lambda: {})
     rewards: Literal["recorded", "sparse", "cost"] = "cost"
     discount: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.99
     critic_learning_rate: Rate = 3e-4
-    target_rate: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.005
+    target_rate: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.02
     backup_members: Annotated[int, msgspec.Meta(ge=1)] = 2
     critic_steps: Annotated[int, msgspec.Meta(ge=1)] = 1
 
@@ -116,10 +116,10 @@ class PARLConfig(ActorCriticConfig, frozen=True, forbid_unknown_fields=True, kw_
     conservatism_actions: how many random ones, and how many copies of each of the policy's two.
     """
 
-    proposals_age: Count = 0
+    proposals_age: Count = 200
     improvement: dict[str, Any] = msgspec.field(default_factory=lambda: {})
     distil_learning_rate: Rate = 1e-4
-    distil_temperature: Rate | None = 1.0
+    distil_temperature: Rate | None = 0.5
     distil_data: bool = True
     conservatism: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     conservatism_actions: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 10
