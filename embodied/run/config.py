@@ -222,11 +222,9 @@ def load_train(overrides: list[str]) -> TrainConfig:
 
 def check(config: TrainConfig) -> TrainConfig:
     """Raise ConfigError for values that contradict each other; return the same configuration."""
-    spec = _check_policy(config)
     algorithm = make_algorithm(config.algorithm)
-    options = core_config.options_of("policies", config.policy, "policy")
-    check_critic(algorithm, spec.n_action_steps)
-    check_density(algorithm, options)
+    check_critic(algorithm, _check_policy(config).n_action_steps)
+    check_density(algorithm, core_config.options_of("policies", config.policy, "policy"))
     _check_data(config, asks_expert=algorithm.asks_expert)
     learner = config.learner
     if config.run.mode == "lockstep" and learner.minutes is not None:
@@ -276,8 +274,7 @@ def _check_policy(config: TrainConfig) -> PolicySpec:
             f"policy.goals is {goals}: the goals of evaluations are what the task's scripted "
             f"expert ends with, and '{config.task}' has none"
         )
-    told = spec.observation.get(TASK)
-    if told is not None:
+    if told := spec.observation.get(TASK):
         words = [found.make_task(task, config.sim).instruction, *config.instructions.values()]
         for text in words:
             encode_instruction(text, told.size)
