@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from embodied.core.errors import ConfigError, CorruptDataError, SpecError
+from embodied.core.errors import ConfigError, SpecError
 from embodied.core.protocols import Carry
 from embodied.core.registry import unknown
 from embodied.core.specs import PolicySpec
+from policies import noise
 from policies.arrays import float32_bounds, without_padding
 from policies.configs import ChunkConfig
 from policies.encoders.observations import ObservationEncoder
@@ -24,7 +25,7 @@ from policies.reading import Array, read, read_observations
 C = TypeVar("C", bound=ChunkConfig)
 
 
-class ChunkPolicy(nn.Module, ABC, Generic[C]):
+class ChunkPolicy(noise.TrainingNoise, nn.Module, ABC, Generic[C]):
     """Observation histories → conditioning; labels and bounds of chunks; the training's noise."""
 
     name: ClassVar[str]
@@ -46,7 +47,6 @@ class ChunkPolicy(nn.Module, ABC, Generic[C]):
         self._action = LinearNormalizer(spec.action.shape)
         if config.action_normalization == "spec":
             self._action.set_bounds(spec.action, "action")
-        self._training_rng = torch.Generator("cpu")
 
     def _bound(self, spec: PolicySpec) -> None:
         """Take over the spec and its bounds."""
@@ -81,14 +81,11 @@ class ChunkPolicy(nn.Module, ABC, Generic[C]):
 
     def set_statistics(self, stats: Mapping[str, FeatureStats]) -> None:
         """Fit the normalisers to a data set's statistics; ConfigError if a key lacks them."""
-        for key in self.normalized_keys:
-            if key not in stats:
-                raise unknown("statistics key", key, stats)
-            if key in self.encoder.states:
-                mode = self.config.observation_normalization
-                self.encoder.normalizer(key).set_statistics(stats[key], mode, key)
-            elif self.config.action_normalization != "spec":
-                self._action.set_statistics(stats[key], self.config.action_normalization, key)
+        self.encoder.set_statistics(stats, self.config.observation_normalization)
+        if self.config.action_normalization != "spec":
+            if "action" not in stats:
+                raise unknown("statistics key", "action", stats)
+            self._action.set_statistics(stats["action"], self.config.action_normalization, "action")
 
     def init(self, batch: int) -> Carry | None:
         """Nothing is carried from decision to decision, unless a subclass does."""
@@ -103,21 +100,6 @@ class ChunkPolicy(nn.Module, ABC, Generic[C]):
             if key not in self.spec.observation:
                 raise SpecError(str(unknown("observation key", key, self.spec.observation)))
         return self._condition(obs)
-
-    def seed_training(self, seed: int) -> None:
-        """Start the stream of noise that `loss` draws from."""
-        self._training_rng.manual_seed(seed % 2**63)
-
-    def training_rng_state(self) -> torch.Tensor:
-        """State of that stream, uint8 [n]."""
-        return self._training_rng.get_state()
-
-    def set_training_rng_state(self, state: torch.Tensor) -> None:
-        """Continue from `training_rng_state`; CorruptDataError if it is no such state."""
-        try:
-            self._training_rng.set_state(state)
-        except (RuntimeError, TypeError) as error:
-            raise CorruptDataError(f"not a state of the training noise: {error}") from error
 
     @property
     def action_normalizer(self) -> LinearNormalizer:

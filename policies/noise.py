@@ -1,9 +1,11 @@
 """Noise that depends on a row's seed alone. Shapes: B batch, H chunk, D action, N numbers."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
-from embodied.core.errors import SpecError
+from embodied.core.errors import CorruptDataError, SpecError
 
 Generators = torch.Generator | list[torch.Generator] | None
 """Where noise is drawn from: one stream for all rows, one for each row, or torch's own."""
@@ -63,3 +65,27 @@ def normal_like(x_BHD: torch.Tensor, generators: Generators) -> torch.Tensor:
 
 def _stream(entropy: int | list[int]) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
+
+
+class TrainingNoise:
+    """A stream of noise for the training of a policy, which a learner can keep and continue."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Before the module that it is mixed into."""
+        super().__init__(*args, **kwargs)
+        self._training_rng = torch.Generator("cpu")
+
+    def seed_training(self, seed: int) -> None:
+        """Start the stream of noise that `loss` draws from."""
+        self._training_rng.manual_seed(seed % 2**63)
+
+    def training_rng_state(self) -> torch.Tensor:
+        """State of that stream, uint8 [n]."""
+        return self._training_rng.get_state()
+
+    def set_training_rng_state(self, state: torch.Tensor) -> None:
+        """Continue from `training_rng_state`; CorruptDataError if it is no such state."""
+        try:
+            self._training_rng.set_state(state)
+        except (RuntimeError, TypeError) as error:
+            raise CorruptDataError(f"not a state of the training noise: {error}") from error

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from embodied.core.config import component
 from embodied.core.errors import ConfigError, SpecError
-from embodied.core.registry import unknown
 from embodied.core.specs import PolicySpec
 from policies.critics.configs import CriticConfig
 from policies.critics.heads import ValueHead
@@ -134,11 +133,7 @@ class EnsembleCritic(nn.Module):
 
     def set_statistics(self, stats: Mapping[str, FeatureStats]) -> None:
         """Fit the observation normalisers to a data set's; ConfigError if a key lacks them."""
-        for key in self.normalized_keys:
-            if key not in stats:
-                raise unknown("statistics key", key, stats)
-            mode = self.config.observation_normalization
-            self.encoder.normalizer(key).set_statistics(stats[key], mode, key)
+        self.encoder.set_statistics(stats, self.config.observation_normalization)
 
     def encode(self, obs: Mapping[str, Array], rng: torch.Generator | None = None) -> torch.Tensor:
         """Conditioning [B, C] from observations [B, T, …] in device units; other keys are left.

@@ -10,11 +10,12 @@ from torch import nn
 from embodied.core.config import component
 from embodied.core.errors import ConfigError
 from embodied.core.instructions import GOAL, TASK
+from embodied.core.registry import unknown
 from embodied.core.specs import PolicySpec
 from policies.configs import ImagesConfig
 from policies.encoders.images import ImagesEncoder
 from policies.encoders.tokens import count_of, tokens_of
-from policies.normalizer import LinearNormalizer, is_image
+from policies.normalizer import FeatureStats, LinearNormalizer, Statistics, is_image
 
 
 class ObservationEncoder(nn.Module):
@@ -74,6 +75,13 @@ class ObservationEncoder(nn.Module):
         found = self.normalizers[self.states.index(key)]
         assert isinstance(found, LinearNormalizer)
         return found
+
+    def set_statistics(self, stats: Mapping[str, FeatureStats], mode: Statistics) -> None:
+        """Fit the state keys' normalisers to a data set's; ConfigError if a key lacks them."""
+        for key in self.states:
+            if key not in stats:
+                raise unknown("statistics key", key, stats)
+            self.normalizer(key).set_statistics(stats[key], mode, key)
 
     def forward(
         self, obs: Mapping[str, torch.Tensor], rng: torch.Generator | None = None

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from embodied.core.errors import ConfigError, CorruptDataError, SpecError
+from embodied.core.errors import ConfigError, SpecError
 from embodied.core.instructions import TASK
 from embodied.core.protocols import Carry
 from embodied.core.registry import unknown
@@ -30,7 +30,7 @@ from policies.reading import Array, read, read_observations
 TOKENS, TOKEN_MASK = "observation.language.tokens", "observation.language.attention_mask"
 
 
-class LeRobotPolicy(nn.Module):
+class LeRobotPolicy(noise.TrainingNoise, nn.Module):
     """LeRobot's model between normalisers of its own; the loss is LeRobot's.
 
     A row's noise depends on its seed alone, and torch's random state stays as it is.
@@ -78,7 +78,6 @@ class LeRobotPolicy(nn.Module):
                 if key in used and key in features
             }
         )
-        self._training_rng = torch.Generator("cpu")
 
     def load_export(self) -> None:
         """Weights and statistics of the exported folder.
@@ -168,21 +167,6 @@ class LeRobotPolicy(nn.Module):
         loss = loss.float()
         numbers = {k: float(v) for k, v in (found or {}).items() if isinstance(v, int | float)}
         return loss, {**numbers, "loss": loss.item()}
-
-    def seed_training(self, seed: int) -> None:
-        """Start the stream of noise that `loss` draws from."""
-        self._training_rng.manual_seed(seed % 2**63)
-
-    def training_rng_state(self) -> torch.Tensor:
-        """State of that stream, uint8 [n]."""
-        return self._training_rng.get_state()
-
-    def set_training_rng_state(self, state: torch.Tensor) -> None:
-        """Continue from `training_rng_state`; CorruptDataError if it is no such state."""
-        try:
-            self._training_rng.set_state(state)
-        except (RuntimeError, TypeError) as error:
-            raise CorruptDataError(f"not a state of the training noise: {error}") from error
 
     @property
     def device(self) -> torch.device:

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from embodied.core.errors import ConfigError
-from embodied.core.registry import unknown
 from embodied.core.specs import PolicySpec
 from policies.checkpoint import restored
 from policies.encoders.observations import ObservationEncoder
@@ -53,11 +52,7 @@ class SuccessClassifier(nn.Module):
 
     def set_statistics(self, stats: Mapping[str, FeatureStats]) -> None:
         """Fit the normalisers to a data set's; ConfigError if a key lacks them."""
-        for key in self.normalized_keys:
-            if key not in stats:
-                raise unknown("statistics key", key, stats)
-            mode = self.config.observation_normalization
-            self.encoder.normalizer(key).set_statistics(stats[key], mode, key)
+        self.encoder.set_statistics(stats, self.config.observation_normalization)
 
     def logits(self, obs: Mapping[str, Array], rng: torch.Generator | None = None) -> torch.Tensor:
         """[B] from observations [B, T, …] in device units.

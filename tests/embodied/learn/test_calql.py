@@ -15,14 +15,6 @@ from embodied.learn.updates.calql import calibrated
 from embodied.learn.updates.parl import PARLUpdates
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tabulated(seed=0):
     """Values of 2 members in 3 situations: recorded, 10 random, 2 of the policy's."""
     rng = torch.Generator().manual_seed(seed)

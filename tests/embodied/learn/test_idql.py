@@ -31,14 +31,6 @@ from policies.critics.configs import ImprovementConfig
 PHASES = IDQLConfig(cloning_steps=4, offline_steps=3, critic_steps=2)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("expectile", [0.2, 0.5, 0.7, 0.95])
 @pytest.mark.parametrize("name", HEADS)
 def test_the_loss_is_least_at_the_expectile(name, expectile):

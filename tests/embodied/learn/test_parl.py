@@ -35,14 +35,6 @@ from policies.improved import ImprovedConfig, ImprovedPolicy, StoredCritic
 PHASES = PARLConfig(cloning_steps=4, offline_steps=3, critic_steps=2)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_format(options=PHASES, head=None, name="flow", **sizes):
     return improved_format(PARLUpdates, options, head, name, **sizes)
 

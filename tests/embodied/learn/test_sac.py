@@ -24,14 +24,6 @@ PHASES = RLPDConfig(cloning_steps=4, offline_steps=3, critic_steps=2, entropy_ba
 ONLINE = RLPDConfig(cloning_steps=0, offline_steps=0, actor_learning_rate=3e-3)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def base_policy(horizon, executed, dim=1):
     device = DeviceSpec({STATE: ArraySpec((3,))}, ArraySpec((dim,), low=(-1.0,), high=(1.0,)), 10.0)
     sizes = {"n_obs_steps": 1, "horizon": horizon, "n_action_steps": executed, "width": 32}
