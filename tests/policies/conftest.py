@@ -54,9 +54,10 @@ def one_thread() -> Iterator[None]:
 
 
 class Fixtures:
-    """Small policies, observations and batches. folder: where bases of adapted policies go."""
+    """Small policies, observations and batches. folder: where bases of adapted policies go, which
+    nothing else needs."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
 
     def device(self, action_dim: int = 2, low: float = -1.0, high: float = 1.0) -> DeviceSpec:
@@ -90,6 +91,7 @@ class Fixtures:
             return improved(base, self.critic(base.spec, seed=seed), improvement)
         device = device or self.device()
         if name == "lora":
+            assert self.folder is not None
             base = self.folder / "base"
             save_policy(base, self.awaken(self.policy(device=device, seed=seed, **options)))
             config = {"base": str(base), "rank": 4}
