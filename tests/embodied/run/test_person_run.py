@@ -26,7 +26,7 @@ DEMONSTRATIONS = 2
 TRAIN = (
     "train",
     "task=pointmass",
-    "actors.devices=sim",
+    "actors.devices='id=sim'",
     "actors.count=1",
     f"demonstrations.episodes={DEMONSTRATIONS}",
     "policy.n_obs_steps=1",
@@ -106,10 +106,10 @@ def host(person):
 def rows(file):
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+    return [json.loads(line) for line in file.read_text().splitlines() if line[-1:] in "}]"]
 
 
-def until(true, timeout_s, said=str):
+def until(true, timeout_s, said):
     deadline_s = time.monotonic() + timeout_s
     while not (found := true()):
         assert time.monotonic() < deadline_s, said()
@@ -179,7 +179,7 @@ def test_what_a_person_does_is_learned_and_what_they_say_is_done(host, person):
     reader.refresh()
     closed = reader.closed_episodes()
     assert len(closed) < reader.num_episodes, "what is done again or halted stays open"
-    by_person = {np.float32(json.loads(a)).tobytes() for a in open(person / "person.jsonl")}
+    by_person = {np.float32(action).tobytes() for action in rows(person / "person.jsonl")}
     for number, episode in enumerate(closed):
         column = {
             name: reader.take(name, episode.rows)
