@@ -193,7 +193,7 @@ class SuccessKey:
         if operator is None:
             raise ConfigError(
                 "reward=success_key needs a person with a keyboard or gamepad: run `embodied "
-                "record` in a terminal"
+                "record`, or train with actors.teleoperator, in a terminal"
             )
         self._operator = operator
 

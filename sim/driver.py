@@ -83,18 +83,21 @@ class ScriptedTeleoperator:
         task: str | None = None
         sim: SimConfig = SimConfig()
 
+        def __post_init__(self) -> None:
+            if self.task is None:
+                raise ConfigError(
+                    "teleoperator=scripted moves the device by a task's script, and no task is "
+                    "named: add teleoperator.task=so101/reach, or another registered task with a "
+                    "script"
+                )
+
     def __init__(self, config: Config) -> None:
-        if config.task is None:
-            raise ConfigError(
-                "teleoperator=scripted moves the device by a task's script, and no task is named: "
-                "add teleoperator.task=so101/reach, or another registered task with a script"
-            )
-        found, task = family.find(config.task)
+        self._task = config.task or ""
+        found, task = family.find(self._task)
         self._spec = found.make_driver(task, config.sim).spec
         expert = found.make_expert(task, self._spec)
         if expert is None:
             raise ConfigError(f"task '{config.task}' has no scripted expert")
-        self._task = config.task
         self._expert: Expert = expert
         self.engaged = True
 

@@ -1,6 +1,7 @@
 """A family of simulated tasks: what one adapter to one simulator provides."""
 
 import importlib.util
+import inspect
 import socket
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ from embodied.core import registry
 from embodied.core.clock import Clock, VirtualClock
 from embodied.core.errors import ConfigError, MissingDependencyError
 from embodied.core.frames import Frame
-from embodied.core.protocols import SimulatedDriver
+from embodied.core.protocols import Operator, SimulatedDriver
 from embodied.core.seeds import derive_seed
 from embodied.core.specs import ArraySpec, DeviceSpec
 from embodied.core.tasks import Expert, Outcome, Resettable, Task
@@ -108,6 +109,14 @@ def find(name: str) -> tuple[Family, str]:
     if name not in family.names():
         raise registry.unknown("task", name, family.names())
     return family, task
+
+
+def task_for(name: str, config: SimConfig, operator: Operator | None) -> Task:
+    """The task of this name, with the person beside the robot where its family takes one."""
+    family, task = find(name)
+    takes_operator = "operator" in inspect.signature(family.make_task).parameters
+    options: dict[str, Any] = {"operator": operator} if takes_operator else {}
+    return family.make_task(task, config, **options)
 
 
 def task_names() -> list[str]:

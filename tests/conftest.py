@@ -34,6 +34,7 @@ _ALONE = (
     "embodied/cli/test_take_over.py",
     "embodied/run/test_async_run.py",
     "embodied/run/test_leased_run.py",
+    "embodied/run/test_person_run.py",
     "hal/drivers",
     "hal/pool/test_holding.py",
     "hal/pool/test_pool_processes.py",

@@ -10,7 +10,7 @@ _LINE_S = 10.0
 
 
 class Dashboard:
-    """Four lines: demonstrations, training, robots, evaluation."""
+    """Lines: demonstrations, training, robots, who takes over, evaluation, trouble."""
 
     def __init__(self, console: Console, config: Any) -> None:
         self._console = console
@@ -61,6 +61,8 @@ class Dashboard:
                 1.0,
                 f"{rate:.0f} steps/s  {episodes} episodes  weights v{max(versions, default=0)}",
             )
+        if people := [f"{name}: {v['person']}" for name, v in roles.items() if v.get("person")]:
+            details["person"] = (1.0, "  ".join(people))
         self._evaluation(roles.get("evaluator", {}), details)
         faults = {str(values["fault"]) for values in roles.values() if values.get("fault")}
         if faults:

@@ -12,6 +12,7 @@ from rich.console import Console
 from embodied.cli.dashboard import Dashboard
 from embodied.core.errors import ConfigError
 from embodied.core.rundir import RunDir
+from hal.teleop.asking import PersonStopped
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +58,7 @@ def _run(run: RunDir, config: Any, console: Console) -> int:
         f"[bold]{config.task}[/]  {config.algorithm['name']}  {_policy_name(config.policy)}"
         f"  →  {_short(run.path)}"
     )
+    _explain_keys(config, console)
     interrupted = False
     with Dashboard(console, config) as dashboard:
         try:
@@ -68,7 +70,7 @@ def _run(run: RunDir, config: Any, console: Console) -> int:
                 from embodied.run.local import run_local
 
                 run_local(run, config, dashboard.update)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, PersonStopped):
             interrupted = True
     if not interrupted:
         console.print(f"policy: {_short(_export(run))}")
@@ -87,6 +89,20 @@ def _run(run: RunDir, config: Any, console: Console) -> int:
         return 130
     console.print(f"done in {seconds / 60:.1f} min")
     return 0
+
+
+def _explain_keys(config: Any, console: Console) -> None:
+    """What the keys of the terminal do, if a person takes part by them."""
+    from embodied.core.config import options_of
+    from embodied.run.build import device_spec
+    from hal.teleop.keyboard import EVENT_HELP, KeyboardConfig, foreground_terminal
+
+    if config.actors.teleoperator is None or foreground_terminal(0):
+        return
+    options = options_of("teleoperators", config.actors.teleoperator, "actors.teleoperator")
+    if isinstance(options, KeyboardConfig):
+        console.print(options.help(device_spec(config)), markup=False)
+    console.print(EVENT_HELP, markup=False)
 
 
 def _export(run: RunDir) -> Path:

@@ -3,6 +3,7 @@
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
 from typing import Any, TypeVar
 
 import msgspec
@@ -50,7 +51,10 @@ def component(kind: str, data: Any, where: str) -> tuple[Any, Any]:
 
 
 def compose(primary: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Compose `configs/<primary>.yaml` with Hydra overrides into plain dicts and lists."""
+    """Compose `configs/<primary>.yaml` with Hydra overrides into plain dicts and lists.
+
+    Where its defaults have a group at a key (teleoperator@actors.teleoperator), key=choice chooses.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
@@ -61,12 +65,29 @@ def compose(primary: str, overrides: Sequence[str]) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     with initialize_config_module("configs", version_base="1.3"):
         try:
-            config = hydra_compose(primary, list(overrides))
+            config = hydra_compose(primary, _choosing(primary, overrides))
             composed = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise _readable(primary, overrides, error) from error
     assert isinstance(composed, dict)
     return typing.cast("dict[str, Any]", composed)
+
+
+def _choosing(primary: str, overrides: Sequence[str]) -> list[str]:
+    """Overrides in which key=choice has become group@key=choice, where there is such a group."""
+    from omegaconf import OmegaConf
+
+    text = (resources.files("configs") / f"{primary}.yaml").read_text()
+    entries: list[Any] = OmegaConf.create(text).get("defaults", [])
+    names = [str(name) for entry in entries if isinstance(entry, Mapping) for name in entry]
+    groups = {name.partition("@")[2]: name for name in names if "@" in name}
+
+    def choosing(override: str) -> str:
+        key, _, choice = override.partition("=")
+        names_one = key in groups and choice.isidentifier() and choice != "null"
+        return f"{groups[key]}={choice}" if names_one else override
+
+    return [choosing(override) for override in overrides]
 
 
 def _readable(primary: str, overrides: Sequence[str], error: Exception) -> ConfigError:

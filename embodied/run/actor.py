@@ -11,6 +11,7 @@ import numpy as np
 from embodied.buffer.read.replay import ReplayReader
 from embodied.buffer.serve.sink import StepSink
 from embodied.buffer.spool.names import stream_name
+from embodied.core.episodes import Step
 from embodied.core.errors import DeviceLostError, EmbodiedError, LeaseError, LinkError
 from embodied.core.protocols import Policy
 from embodied.core.seeds import make_rng
@@ -18,6 +19,7 @@ from embodied.run.algorithm import make_algorithm
 from embodied.run.config import TrainConfig
 from embodied.run.fitting import fit_to
 from embodied.run.goals import ExpertGoals
+from embodied.run.handover import obey, shared_rollout
 from embodied.run.record import Recorder
 from embodied.run.remote.policy import RemotePolicy, connect
 from embodied.run.renewal import Renewal
@@ -27,6 +29,8 @@ from embodied.weights.store import WeightManifest, WeightStore, WeightWatcher
 from embodied.weights.trial import Trial
 from hal.group import DeviceGroup
 from hal.rewards import make_rewards, prepare_reward
+from hal.teleop.asking import PersonStopped
+from hal.teleop.session import Session, make_session
 from sim import family
 
 _ATTEMPTS_PER_DEMONSTRATION = 5
@@ -63,11 +67,13 @@ class Actor:
         host: str = "",
         background: bool = False,
         refusal: Callable[[int], str] | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         """host: where it acts, "" for the learner's own. background: whether newer weights are made
         ready by a thread beside those that act; else poll_weights does it, so that what acts in a
         tick does not depend on the machine. refusal: why no episode may begin while a version
-        acts, "" if one may."""
+        acts, "" if one may. meanwhile: called again and again while a person's answer is waited
+        for."""
         self._family, self._task = family.find(config.task)
         rows = config.actors.rows
         self._config = config
@@ -76,12 +82,18 @@ class Actor:
         self._algorithm = make_algorithm(config.algorithm)
         self._on_result = on_result
         self._sitting = sitting
+        self._meanwhile = meanwhile
+        self._session: Session | None = None
+        self._asked = ""
+        self.stopped = False
+        """Whether the person wants the run to stop; no robot is held then."""
         self.robots: Robots
         if config.actors.devices is None:
             self.robots = SimulatedRobots(config, index, speed, holder)
         else:
             spec = self._family.make_driver(self._task, config.sim).spec
-            self.robots = LeasedRobots(config.actors.devices, holder, spec)
+            leased = self.robots = LeasedRobots(config.actors.devices, holder, spec)
+            self._session = self._person(leased.halt)
         self._recorders = [Recorder(sink, stream) for stream in self._streams]
         self._begun = [sink.next_episode(stream) for stream in self._streams]
         self._wanted = self._share(index)
@@ -207,14 +219,21 @@ class Actor:
     def tick(self) -> list[Result]:
         """One tick of every robot; returns the episodes that ended."""
         self.robots.report()
-        rollout = self._ready()
-        if rollout is None:
-            return []
         try:
-            results = rollout.tick()
+            if self._session is not None and obey(self._session, self.rollout):
+                self._in_hand = [False] * len(self._in_hand)
+            rollout = self._ready()
+            results = [] if rollout is None else rollout.tick()
+        except PersonStopped as stopped:
+            self.stopped |= stopped.event == "stop"
+            self._lose(stopped)
+            return []
         except (LeaseError, DeviceLostError) as error:
             self._lose(error)
             return []
+        if rollout is None:
+            return []
+        self._asked = ""
         if self._remote is not None:
             self.version = self._remote.version
         self.latencies_s.extend(rollout.latencies_s)
@@ -231,30 +250,68 @@ class Actor:
         return results
 
     @property
+    def person(self) -> str:
+        """What the person does, or is asked to do; "" where there is nobody, or no robot."""
+        if self._session is None or self.rollout is None:
+            return ""
+        return self._asked or self._session.state
+
+    @property
     def idle(self) -> bool:
         """Whether no robot runs an episode."""
         return self.rollout is None or self.rollout.idle
 
     def _ready(self) -> Rollout | None:
         """The rollout on the robots, begun when they could be had."""
+        if self.stopped:
+            return None
         if self.rollout is None and self._acts and (group := self.robots.acquire()) is not None:
             self.rollout = self._begin(group)
             self.fault = ""
         return self.rollout
 
     def _begin(self, group: DeviceGroup) -> Rollout:
-        rollout = Rollout(
-            group,
-            self._family.make_task(self._task, self._config.sim),
-            next_start=self._next_start,
-            experts=[self._family.make_expert(self._task, group.spec) for _ in group.devices],
-            on_step=lambda row, step: self._recorders[row].add(step),
-            goals=self._goals if self._config.actors.devices is None else None,
-            rewards=make_rewards(self._config.reward, group.spec, len(group)),
-        )
+        experts = [self._family.make_expert(self._task, group.spec) for _ in group.devices]
+        if self._session is not None:
+            rollout = shared_rollout(
+                group,
+                self._session,
+                make_task=partial(family.task_for, self._config.task, self._config.sim),
+                next_start=self._next_start,
+                experts=experts,
+                on_step=self._record,
+                reward=self._config.reward,
+                meanwhile=self._meanwhile,
+            )
+        else:
+            rollout = Rollout(
+                group,
+                family.task_for(self._config.task, self._config.sim, None),
+                next_start=self._next_start,
+                experts=experts,
+                on_step=self._record,
+                goals=self._goals if self._config.actors.devices is None else None,
+                rewards=make_rewards(self._config.reward, group.spec, len(group)),
+            )
         if self._decides is not None:
             self._act(rollout, self._decides)
         return rollout
+
+    def _record(self, row: int, step: Step) -> None:
+        self._recorders[row].add(step)
+
+    def _person(self, halt: Callable[[], None]) -> Session | None:
+        """An open session with the person who may take over; None for nobody."""
+        actors = self._config.actors
+        if actors.teleoperator is None:
+            return None
+        session = make_session(actors.teleoperator, speed=actors.align_speed, on_estop=halt)
+        session.say = self._ask
+        session.open()
+        return session
+
+    def _ask(self, text: str) -> None:
+        self._asked = text
 
     @property
     def _acts(self) -> bool:
@@ -276,7 +333,7 @@ class Actor:
         if not self.robots.lost(error):
             raise error
         self.rollout = None
-        self.losses += 1
+        self.losses += not self.stopped
         self.fault = str(error)
         self._in_hand = [False] * len(self._in_hand)
 
@@ -320,7 +377,9 @@ class Actor:
         if plan is None:
             return None
         self._begun[row] += 1
-        return Start(seed, takeover_tick=plan.takeover_tick)
+        # A person who is there takes over in the script's place.
+        takeover_tick = plan.takeover_tick if self._session is None else None
+        return Start(seed, takeover_tick=takeover_tick)
 
     def close(self) -> None:
         """Close the robots."""
@@ -331,5 +390,7 @@ class Actor:
             self._remote = self._reached.result()
         if self._remote is not None:
             self._remote.close()
+        if self._session is not None:
+            self._session.close()
         self.robots.close()
         self._goals.close()

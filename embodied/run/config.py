@@ -14,10 +14,10 @@ from embodied.core.instructions import GOAL, TASK, encode_instruction
 from embodied.core.registry import unknown
 from embodied.core.specs import DeviceSpec, PolicySpec
 from embodied.learn.config import LearnerConfig
+from embodied.run.actors_options import ActorsConfig
 from embodied.run.algorithm import check_critic, check_density, make_algorithm
 from embodied.run.gateway_options import GatewayConfig
 from hal.gpus import one_gpu
-from hal.pool import selectors
 from hal.rewards import make_reward
 from policies.acting import InferenceConfig
 from policies.specs import policy_spec
@@ -55,24 +55,6 @@ class DemonstrationsConfig(_Struct, frozen=True):
     episodes: int | None
     noise: float
     dataset: dict[str, Any] | None
-
-
-class ActorsConfig(_Struct, frozen=True):
-    """Robots that act for the run.
-
-    devices: null for simulated robots of the task in the actors' own processes; else which of the
-    host's devices each actor leases, such as "so101@bench" or "arm[camera.wrist]": they act in
-    real time, and one that is lost is replaced or awaited.
-    count: actor processes. rows: robots in each. speed: simulated seconds per real second at
-    most, 0 for no limit; 1 makes a simulated robot as slow as a real one.
-    ticks_per_round: lockstep only, ticks acted per row between two learning rounds.
-    """
-
-    count: int
-    rows: int
-    speed: float
-    ticks_per_round: int
-    devices: str | None
 
 
 class EvaluationConfig(_Struct, frozen=True):
@@ -183,13 +165,19 @@ def load_train(overrides: list[str]) -> TrainConfig:
 
 def check(config: TrainConfig) -> TrainConfig:
     """Raise ConfigError for values that contradict each other; return the same configuration."""
-    algorithm = make_algorithm(config.algorithm)
+    algorithm, name = make_algorithm(config.algorithm), config.algorithm["name"]
     check_critic(algorithm, _check_policy(config).n_action_steps)
     check_density(algorithm, core_config.options_of("policies", config.policy, "policy"))
-    _check_data(config, asks_expert=algorithm.asks_expert)
+    by_person = config.actors.teleoperator is not None
+    if by_person and not algorithm.collects:
+        raise ConfigError(
+            f"actors.teleoperator takes over from a policy, and algorithm={name} lets none act: "
+            "take hg_dagger, or another that collects"
+        )
+    _check_data(config, asks_expert=algorithm.asks_expert and not by_person)
     if config.reward is not None:
         found, task = family.find(config.task)
-        make_reward(config.reward, found.make_driver(task, config.sim).spec, None)
+        make_reward(config.reward, found.make_driver(task, config.sim).spec, config.actors.operator)
     learner = config.learner
     if config.run.mode == "lockstep" and learner.minutes is not None:
         raise ConfigError(
@@ -200,15 +188,15 @@ def check(config: TrainConfig) -> TrainConfig:
         raise ConfigError(f"learner.minutes is {learner.minutes}; it must be positive, or null")
     if learner.samples_per_insert is not None and not algorithm.collects:
         raise ConfigError(
-            f"learner.samples_per_insert waits for new data, and {config.algorithm['name']} "
-            "collects none: set it to null"
+            f"learner.samples_per_insert waits for new data, and {name} collects "
+            "none: set it to null"
         )
     if config.run.resume and config.run.dir is None:
         raise ConfigError("run.resume=true needs run.dir: the directory of the run to continue")
     check_sampling(config.sampling)
     expert = config.demonstrations.source == "expert"
     config.gateway.check(config.run.mode, algorithm.collects, config.actors.count, expert)
-    _check_devices(config)
+    config.actors.check(config.run.mode)
     if config.inference.remote is not None and config.run.mode == "lockstep":
         raise ConfigError("run.mode=lockstep repeats bit for bit; a policy server does not")
     if config.inference.device != "cpu":
@@ -267,20 +255,6 @@ def matching_keys(keys: Iterable[str], wanted: tuple[str, ...] | None) -> tuple[
 
 def _matches(key: str, name: str) -> bool:
     return key.startswith(name[:-1]) if name.endswith("*") else key == name
-
-
-def _check_devices(config: TrainConfig) -> None:
-    actors = config.actors
-    if actors.devices is None:
-        return
-    wanted = selectors.parse(actors.devices)
-    if sum(selector.count for selector in wanted) != 1 or actors.rows != 1:
-        raise ConfigError(
-            f"actors.devices is '{actors.devices}' with actors.rows={actors.rows}: each actor "
-            "leases one device; set actors.count for more"
-        )
-    if config.run.mode == "lockstep":
-        raise ConfigError("run.mode=lockstep repeats bit for bit; leased devices do not")
 
 
 def _check_data(config: TrainConfig, *, asks_expert: bool) -> None:

@@ -21,6 +21,7 @@ _TTL_S = 3.0
 _ASK_S = 0.25
 _STATUS_S = 0.5
 _PAUSE_S = 0.02
+_ESTOP = "emergency stop by the person at the robot"
 
 
 class LeasedRobot:
@@ -62,7 +63,7 @@ class LeasedRobot:
         if now_s - self._asked_s < _ASK_S:
             return None
         self._asked_s = now_s
-        if halted := self._latched():
+        if halted := halted_by(self.id):
             self.waiting_for = halted
             return None
         try:
@@ -133,11 +134,11 @@ class LeasedRobot:
             with suppress(EmbodiedError):
                 holding.close()
 
-    def halt(self, reason: str = "emergency stop by the person at the robot") -> None:
+    def halt(self, reason: str = _ESTOP) -> None:
         """Latch a halt of the device without asking anybody, until a person clears it."""
         with self._halting:
             if self.id:
-                set_latch(latch_file(state_dir() / "latches", self.id), reason)
+                halt(self.id, reason)
 
     def close(self) -> None:
         """Give it back and leave the pool; safe to call twice."""
@@ -172,10 +173,17 @@ class LeasedRobot:
         self.waiting_for = why
         lost()
 
-    def _latched(self) -> str:
-        """Why the device stands still until a person clears it, before the pool has heard of it."""
-        folder = state_dir() / "latches"
-        for name, command in ((self.id, f"--clear {self.id}"), (HOST_STOP, "--clear")):
-            if name and (reason := latch_reason(latch_file(folder, name))):
-                return f"halted: {reason}; look first, then `embodied estop {command}`"
-        return ""
+
+def halt(device_id: str, reason: str = _ESTOP) -> None:
+    """Latch a halt of a device of this host without asking anybody, until a person clears it."""
+    set_latch(latch_file(state_dir() / "latches", device_id), reason)
+
+
+def halted_by(device_id: str) -> str:
+    """Why a device stands still until a person clears it, before the pool has heard of it; "" if it
+    does not. device_id: "" for any, which only a halt of the whole host holds."""
+    folder = state_dir() / "latches"
+    for name, command in ((device_id, f"--clear {device_id}"), (HOST_STOP, "--clear")):
+        if name and (reason := latch_reason(latch_file(folder, name))):
+            return f"halted: {reason}; look first, then `embodied estop {command}`"
+    return ""

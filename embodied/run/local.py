@@ -11,6 +11,7 @@ from embodied.run.config import TrainConfig
 from embodied.run.robots import printable
 from embodied.run.supervisor import Crew, Supervisor
 from hal.gpus import LeasedGpu
+from hal.teleop.asking import PersonStopped
 
 
 def learner_gpu(run: RunDir, config: TrainConfig) -> LeasedGpu | None:
@@ -27,7 +28,8 @@ def learner_gpu(run: RunDir, config: TrainConfig) -> LeasedGpu | None:
 def run_local(
     run: RunDir, config: TrainConfig, notify: Callable[[dict[str, dict[str, Any]]], None]
 ) -> None:
-    """Run to the end of the learner's budget and the last evaluation; see Supervisor."""
+    """Run to the end of the learner's budget and the last evaluation; see Supervisor. Raises
+    PersonStopped if the person at a robot wants no more."""
     gpu = learner_gpu(run, config)
 
     def watch(values: dict[str, dict[str, Any]]) -> None:
@@ -40,7 +42,10 @@ def run_local(
     try:
         with build.make_local_buffer(run, config) as sink:
             build.import_demonstrations(sink, config.demonstrations, config.task)
-        Supervisor(run, training_crew(config, gpu), watch).run()
+        supervisor = Supervisor(run, training_crew(config, gpu), watch)
+        supervisor.run()
+        if supervisor.stopped:
+            raise PersonStopped("stop")
     finally:
         if gpu is not None:
             gpu.close()
@@ -61,4 +66,5 @@ def training_crew(config: TrainConfig, gpu: LeasedGpu | None) -> Crew:
         last=("learner", "evaluator"),
         threads=threads,
         environment={} if gpu is None else {"learner": gpu.environment},
+        terminal=config.actors.terminal,
     )

@@ -1,7 +1,7 @@
 """Demonstrations by a person, or a script in one's place, on a leased robot into a buffer."""
 
-import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,16 +15,15 @@ from embodied.core.protocols import Operator, Policy
 from embodied.core.specs import DeviceSpec
 from embodied.core.tasks import Task
 from embodied.run.fitting import fit_to
+from embodied.run.handover import obey, shared_rollout
 from embodied.run.leased import LeasedRobot
 from embodied.run.record import Recorder
 from embodied.run.robots import check_spec
 from embodied.run.rollout import Result, Rollout, Start
 from hal.group import DeviceGroup
 from hal.remote import RemoteDevice
-from hal.rewards import make_reward
 from hal.tasks import TaskConfig
 from hal.tasks import make_task as make_robot_task
-from hal.teleop.asking import PersonStopped
 from hal.teleop.session import Session
 from policies.acting import InferenceConfig
 from sim import family
@@ -98,10 +97,7 @@ def make_task(config: RecordConfig, name: str, spec: DeviceSpec, operator: Opera
             f"task '{config.task_name}' is judged by {', '.join(missing)}, which only its "
             "simulator knows; use robot_task with a reward of its own"
         )
-    # Families whose tasks may need a person take an operator.
-    takes_operator = "operator" in inspect.signature(found.make_task).parameters
-    options: dict[str, Any] = {"operator": operator} if takes_operator else {}
-    return found.make_task(task, config.sim, **options)
+    return family.task_for(config.task_name, config.sim, operator)
 
 
 class RecordSession:
@@ -163,13 +159,10 @@ class RecordSession:
     def _record(self, device: RemoteDevice) -> None:
         """Episode after episode on one lease."""
         session = self._session
-        session.meanwhile = lambda: self._keep_up(device)
-        operator = session if session.can_ask else None
         stream = f"{self._config.task_name}.{self._robot.id}"
         recorder = self._recorders.setdefault(stream, Recorder(self._sink, stream))
 
         def next_start(row: int) -> Start:
-            session.begin(device.spec)
             self.steps = 0
             self._show()
             number = self._sink.next_episode(stream)
@@ -179,21 +172,21 @@ class RecordSession:
             recorder.add(step)
             self.steps = step.index + 1
 
-        reward = self._config.reward
-        rollout = self._rollout = Rollout(
+        rollout = self._rollout = shared_rollout(
             DeviceGroup([device]),
-            make_task(self._config, self._robot.id, device.spec, operator),
+            session,
+            make_task=partial(make_task, self._config, self._robot.id, device.spec),
             next_start=next_start,
-            teleoperators=[session],
             on_step=on_step,
-            rewards=None if reward is None else [make_reward(reward, device.spec, operator)],
+            reward=self._config.reward,
+            meanwhile=self._show,
         )
         if self._policy is not None:
             self.plan = fit_to(self._policy, device)
             rollout.set_policy(self._policy, self._version)
         rejected = self.rejected
         while not self.complete:
-            self._obey(rollout)
+            self.rerecorded += obey(session, rollout)
             for result in rollout.tick():
                 self._sink.flush()
                 self.done += result.success or self._config.count == "finished"
@@ -201,22 +194,8 @@ class RecordSession:
             self.rejected = rejected + rollout.rejected
             self._show()
 
-    def _keep_up(self, device: RemoteDevice) -> None:
-        """While a person is waited for: notice that the device is lost."""
-        device.refresh()
-        self._show()
-
-    def _obey(self, rollout: Rollout | None = None) -> None:
-        """Do what the person signalled. Raises PersonStopped."""
-        for event in self._session.controls():
-            if event in ("stop", "estop"):
-                raise PersonStopped(event)
-            if event == "rerecord" and rollout is not None and not rollout.idle:
-                rollout.abandon(0)
-                self.rerecorded += 1
-
     def _wait(self) -> None:
-        self._obey()
+        obey(self._session, None)
         self._show()
 
     def _forget(self) -> None:

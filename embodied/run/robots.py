@@ -9,6 +9,7 @@ from embodied.core.clock import VirtualClock
 from embodied.core.errors import ConfigError, DeviceLostError, EmbodiedError, LeaseError
 from embodied.core.specs import DeviceSpec
 from embodied.run.config import TrainConfig
+from embodied.run.leased import halt, halted_by
 from hal.group import DeviceGroup, make_group
 from hal.pool.holding import Holding
 from hal.pool.leases import Allocation, DeviceRecord
@@ -106,12 +107,19 @@ class LeasedRobots:
         self._holding: Holding | None = None
         self._group: DeviceGroup | None = None
         self._asked_s = 0.0
+        self._halted = ""
         self.waiting_for = ""
 
     def acquire(self) -> DeviceGroup | None:
-        """Poll the request; once it is granted, connect."""
+        """Poll the request; once it is granted, connect. Nothing while what `halt` has halted has
+        not been cleared."""
         if self._group is not None:
             return self._group
+        if self._halted:
+            if why := halted_by(self._halted):
+                self.waiting_for = why
+                return None
+            self._halted = ""
         if time.monotonic() - self._asked_s < _POLL_S:
             return None
         self._asked_s = time.monotonic()
@@ -165,6 +173,13 @@ class LeasedRobots:
         if holding is not None:
             holding.close()
         return True
+
+    def halt(self) -> None:
+        """Latch a halt of what is leased, from any thread, until a person clears it."""
+        holding = self._holding
+        if holding is not None:
+            self._halted = holding.devices[0].id
+            halt(self._halted)
 
     def report(self) -> None:
         """Its own agent reports it."""

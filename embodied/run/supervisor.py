@@ -20,6 +20,7 @@ from embodied.core.files import full_disk_named
 from embodied.core.rundir import RunDir
 from embodied.run.context import FAILED, STOPPED, kind_of
 from embodied.run.telemetry import Beat, address
+from hal.teleop.keyboard import mode_kept
 
 _RESTARTS = 5
 _RESTART_WINDOW_S = 120.0
@@ -51,21 +52,23 @@ class Crew:
 
     roles: in the order in which they start; they end in the opposite order, so that the last
     steps of actors still reach the buffer. last: the run is over here once these have finished.
-    threads: of the CPU, for each role. environment: added to a role's, by name.
+    threads: of the CPU, for each role. environment: added to a role's, by name. terminal: the role
+    that reads this process's standard input, in its process group; "" for none.
     """
 
     roles: tuple[str, ...]
     last: tuple[str, ...]
     threads: Callable[[str], int]
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    terminal: str = ""
 
 
 class Supervisor:
     """Starts a crew, restarts roles that die, ends all when the last ones are done.
 
     notify(values) is called several times a second with {role: its latest numbers}. A role that
-    tells that the run is "over" has the actors ended before the rest. sockets: the folder of the
-    roles' channels.
+    tells that the run is "over" has the actors ended before the rest. One that tells that a person
+    "stopped" it ends the run. sockets: the folder of the roles' channels.
     """
 
     def __init__(
@@ -86,14 +89,20 @@ class Supervisor:
 
     def run(self) -> None:
         """Run until the crew's last roles have finished, or it shall not go on."""
-        try:
-            self._telemetry = PullChannel(address(self.sockets, "telemetry"), (Beat,))
-            for name in self._crew.roles:
-                self._roles[name] = Role(name, self._start(name), time.monotonic())
-            while self._keep_going() and not self._done:
-                self._watch()
-        finally:
-            self._end()
+        with mode_kept() if self._crew.terminal else contextlib.nullcontext():
+            try:
+                self._telemetry = PullChannel(address(self.sockets, "telemetry"), (Beat,))
+                for name in self._crew.roles:
+                    self._roles[name] = Role(name, self._start(name), time.monotonic())
+                while self._keep_going() and not self._done and not self.stopped:
+                    self._watch()
+            finally:
+                self._end()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a person at a robot stopped the run."""
+        return any(role.values.get("stopped") for role in self._roles.values())
 
     @property
     def _done(self) -> bool:
@@ -106,14 +115,15 @@ class Supervisor:
         command = [sys.executable, "-m", "embodied.run.roles", name]
         command += [str(self._run.path), self.sockets, str(os.getpid())]
         path = self._run.path / "logs" / f"{name}.log"
+        at_terminal = name == self._crew.terminal
         with full_disk_named(path), open(path, "ab") as log:
             process = subprocess.Popen(
                 command,
                 env=environment,
-                stdin=subprocess.DEVNULL,
+                stdin=None if at_terminal else subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,
+                start_new_session=not at_terminal,  # else its keys are none of the terminal's
             )
         self._run.event("role started", role=name, pid=process.pid)
         return process

@@ -9,7 +9,7 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from hal.teleop.asking import wait_for_person
 from hal.teleop.jog import Jog
 from hal.teleop.keys import EVENT_HELP, KeyboardConfig, Keys
 
-__all__ = ["EVENT_HELP", "Keyboard", "KeyboardConfig", "foreground_terminal"]
+__all__ = ["EVENT_HELP", "Keyboard", "KeyboardConfig", "foreground_terminal", "mode_kept"]
 
 _DEADLY = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
@@ -37,6 +37,19 @@ def foreground_terminal(handle: int) -> str:
     except OSError:
         return "standard input is not this process's terminal"
     return "" if ours else "this process runs in the background of its terminal"
+
+
+@contextlib.contextmanager
+def mode_kept(handle: int = 0) -> Generator[None]:
+    """Give the terminal back at the end as it is now, whatever processes that read keys left."""
+    if foreground_terminal(handle):
+        yield
+        return
+    saved = termios.tcgetattr(handle)
+    try:
+        yield
+    finally:
+        _set_mode(handle, saved)
 
 
 class Keyboard:

@@ -50,8 +50,7 @@ class Session:
         speed: float = 0.4,
         on_estop: Callable[[], None] = lambda: None,
     ) -> None:
-        if not 0 < speed <= 1:
-            raise ConfigError(f"align_speed is {speed}; it must be above 0 and at most 1")
+        check_speed(speed, "align_speed")
         self.hands = hands
         self._voices: list[Keyboard | Gamepad] = [] if keyboard is None else [keyboard]
         if isinstance(hands, Keyboard | Gamepad):
@@ -219,6 +218,12 @@ class Session:
         else:
             self._lost = ""
         return not self._lost
+
+
+def check_speed(speed: float, name: str) -> None:
+    """Raise ConfigError for a share of the velocity limits that is none."""
+    if not 0 < speed <= 1:
+        raise ConfigError(f"{name} is {speed}; it must be above 0 and at most 1")
 
 
 def make_session(

@@ -24,10 +24,14 @@ def actor_role(context: Context) -> None:
     run, config = context.run, context.config
     site = read_site(run)
     results: list[Any] = []
+    actor: Actor | None = None
 
     def on_result(result: Any) -> None:
         results.append(result)
         run.metrics(context.role, result_row(result))
+
+    def meanwhile() -> None:
+        context.check(person=actor.person if actor else None)
 
     codecs = config.buffer.codecs
     with BufferClient(
@@ -49,6 +53,7 @@ def actor_role(context: Context) -> None:
             host="" if site is None else site.name,
             background=True,
             refusal=None if site is None else EpisodeGate(run, site.config.staleness).refusal,
+            meanwhile=meanwhile,
         )
         try:
             actor.recall(build.make_reader(run, config))
@@ -76,14 +81,18 @@ def _act(context: Context, actor: Any, sink: BufferClient, results: list[Any]) -
                 episodes=len(results),
                 demonstrating=actor.demonstrating,
                 version=actor.version,
+                person=actor.person or None,
+                stopped=actor.stopped,
                 fault=str(sink.last_error)
                 if sink.last_error and sink.unacknowledged
                 else actor.waiting or actor.fault or None,
             )
-        decisions, losses = len(actor.latencies_s), actor.losses
+        decisions, losses, stopped = len(actor.latencies_s), actor.losses, actor.stopped
         actor.tick()
         if actor.losses > losses:
             run.event("device lost", role=context.role, error=actor.fault)
+        if actor.stopped and not stopped:
+            run.event("stopped by the person", role=context.role)
         if bool(actor.waiting) != waiting:
             waiting = bool(actor.waiting)
             what = "episodes wait" if waiting else "episodes go on"

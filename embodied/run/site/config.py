@@ -7,7 +7,7 @@ import msgspec
 from embodied.core.errors import ConfigError, CorruptDataError
 from embodied.core.files import write_atomic
 from embodied.core.rundir import RunDir
-from embodied.run.config import ActorsConfig
+from embodied.run.actors_options import ActorsConfig
 from embodied.weights.staleness import StalenessBound
 from policies.acting import InferenceConfig
 

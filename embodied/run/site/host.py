@@ -84,6 +84,7 @@ def run_site(
     Returns the folder of the run here; None if it was told to stop before it had joined. joined:
     told of folder and configuration. Other arguments as of `join` and of Supervisor.
     """
+    config.actors.check("async")
     found = join(config, keep_going, waiting)
     if found is None:
         return None
@@ -147,4 +148,5 @@ def site_crew(config: SiteConfig) -> Crew:
         roles=("buffer", "link", *actors),
         last=("link",),
         threads=lambda role: config.inference.threads if role.startswith("actor") else 1,
+        terminal=config.actors.terminal,
     )

@@ -58,6 +58,39 @@ def test_wrong_input_names_the_key_and_what_would_be_right(override, said):
     assert "\n" not in str(caught.value).strip()
 
 
+BY_PERSON = ("actors.devices=arm", "actors.count=1", "algorithm=hg_dagger")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("actors.devices=null",), "actors.devices"),
+        (("actors.count=2",), "actors.count=1"),
+        (("algorithm=bc",), "hg_dagger"),
+        (("actors.align_speed=2",), "actors.align_speed"),
+        (("+actors.teleoperator.stp=1",), "actors.teleoperator.step"),
+        (("actors.teleoperator=keybord",), "keyboard"),
+        (("actors.teleoperator={name: scripted}",), "teleoperator.task"),
+    ],
+)
+def test_a_person_who_cannot_take_over_is_refused(overrides, said):
+    with pytest.raises(ConfigError) as caught:
+        load_train([*BY_PERSON, "actors.teleoperator=keyboard", *overrides])
+    assert said in str(caught.value)
+
+
+def test_a_person_stands_in_for_a_script_and_may_judge():
+    data = ("demonstrations.source=dataset", "demonstrations.dataset={name: pusht_human, path: x}")
+    pusht = (*BY_PERSON, "task=pusht", *data)
+    with pytest.raises(ConfigError, match="no scripted expert"):
+        load_train([*pusht])
+    assert load_train([*pusht, "actors.teleoperator=gamepad"]).actors.teleoperator
+    two = ("actors.count=2", "actors.teleoperator={name: scripted, task: pointmass}")
+    assert load_train([*BY_PERSON, *two]).actors.terminal == "actor0"
+    assert load_train([*BY_PERSON, "actors.teleoperator=null"]).actors.terminal == ""
+    assert load_train([*BY_PERSON, "actors.teleoperator=keyboard", "reward=success_key"]).reward
+
+
 def test_lockstep_refuses_a_budget_in_minutes():
     with pytest.raises(ConfigError, match=r"learner\.minutes"):
         load_train(["run.mode=lockstep", "learner.minutes=1"])
