@@ -30,7 +30,7 @@ class Setting:
 
 SETTINGS = {
     "drawer-open": Setting(20, 1.0, 150, 10_000),
-    "door-open": Setting(20, 1.0, 120, 10_000),
+    "door-open": Setting(20, 1.0, 125, 10_000),
     "window-open": Setting(20, 1.3, 150, 10_000),
     "pick-place": Setting(20, 0.5, 150, 50_000),
     "basketball": Setting(20, 0.3, 150, 50_000),

@@ -78,8 +78,9 @@ def _choosing(primary: str, overrides: Sequence[str]) -> list[str]:
     from omegaconf import OmegaConf
 
     text = (resources.files("configs") / f"{primary}.yaml").read_text()
-    entries: list[Any] = OmegaConf.create(text).get("defaults", [])
-    names = [str(name) for entry in entries if isinstance(entry, Mapping) for name in entry]
+    composed = typing.cast("dict[str, Any]", OmegaConf.to_container(OmegaConf.create(text)))
+    entries: list[dict[str, Any] | str] = composed.get("defaults", [])
+    names = [name for entry in entries if isinstance(entry, dict) for name in entry]
     groups = {name.partition("@")[2]: name for name in names if "@" in name}
 
     def choosing(override: str) -> str:
