@@ -96,9 +96,7 @@ class ChunkPolicy(noise.TrainingNoise, nn.Module, ABC, Generic[C]):
 
         Raises SpecError for a missing or unknown key, a wrong shape, or a value that is not finite.
         """
-        for key in obs:
-            if key not in self.spec.observation:
-                raise SpecError(str(unknown("observation key", key, self.spec.observation)))
+        self._check_keys(obs)
         return self._condition(obs)
 
     @property
@@ -110,6 +108,11 @@ class ChunkPolicy(noise.TrainingNoise, nn.Module, ABC, Generic[C]):
     def device(self) -> torch.device:
         """Where the policy computes."""
         return self.low_D.device
+
+    def _check_keys(self, obs: Mapping[str, Array]) -> None:
+        for key in obs:
+            if key not in self.spec.observation:
+                raise SpecError(str(unknown("observation key", key, self.spec.observation)))
 
     def _condition(
         self, source: Mapping[str, Array], rng: torch.Generator | None = None

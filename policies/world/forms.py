@@ -1,6 +1,7 @@
 """Two ways from noise to data, for a value of any shape. B batch, N numbers of a value."""
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import ClassVar
 
 import msgspec
@@ -10,10 +11,10 @@ from torch import nn
 from embodied.core.protocols import Parameterisation
 from policies.conversions import Scalar, flow_time, signal_noise
 from policies.schedule import Schedule
-from policies.solvers.base import Solver
-from policies.solvers.diffusion import DDIM
+from policies.solvers.base import Solver, StepSolver
+from policies.solvers.diffusion import DDIM, DDPM
 from policies.solvers.flow import Euler, FlowSolverConfig
-from policies.world.configs import UWMConfig
+from policies.world.configs import WorldConfig
 
 
 class Form(nn.Module):
@@ -55,10 +56,12 @@ class DiffusionForm(Form):
 
     kind = "epsilon"
 
-    def __init__(self, config: UWMConfig) -> None:
+    def __init__(self, config: WorldConfig) -> None:
         """Levels of the configured solver."""
         super().__init__()
         self._options = config.solver_config()
+        self._sampler = DDPM if config.sampler == "ddpm" else DDIM
+        self._temperature = config.temperature
         self.schedule = Schedule(DDIM(self._options).alpha_bar_N)
         self.clean = 0.0
         self.last = (len(self.schedule) - 1) / len(self.schedule)
@@ -85,9 +88,13 @@ class DiffusionForm(Form):
         return x_t
 
     def solver(self, num_steps: int | None) -> Solver:
-        """DDIM."""
+        """DDIM, or DDPM with the noise of its steps times the temperature."""
         steps = num_steps or self._options.num_steps
-        return DDIM(msgspec.structs.replace(self._options, num_steps=steps))
+        made = self._sampler(msgspec.structs.replace(self._options, num_steps=steps))
+        if self._temperature == 1:
+            return made
+        table = [replace(step, spread=self._temperature * step.spread) for step in made.steps]
+        return StepSolver(table, clip=made.clip)
 
 
 class FlowForm(Form):
@@ -96,7 +103,7 @@ class FlowForm(Form):
     kind = "flow"
     clean, last = 1.0, 0.0
 
-    def __init__(self, config: UWMConfig) -> None:
+    def __init__(self, config: WorldConfig) -> None:
         """Nothing but the solver's options."""
         super().__init__()
         self._options = FlowSolverConfig(num_steps=config.num_steps, clip_sample=config.clip_sample)

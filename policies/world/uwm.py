@@ -20,32 +20,20 @@ import numpy as np
 import torch
 
 from embodied.buffer.sample.windows import FUTURE, FUTURE_IS_PAD
-from embodied.core.config import component
-from embodied.core.errors import SpecError
 from embodied.core.protocols import Prediction
-from embodied.core.registry import unknown
 from embodied.core.specs import PolicySpec
 from policies import noise
-from policies.base import GenerativePolicy
 from policies.chunk import valid_mean
-from policies.conversions import Scalar
-from policies.networks.stages import Cond, evaluate
 from policies.noise import Generators
 from policies.reading import Array, read, read_observations
-from policies.solvers.base import Solver
 from policies.world.configs import UWMConfig
-from policies.world.forms import FORMS, Form
 from policies.world.joint import JointTransformer
-from policies.world.next_observation import NextObservation
+from policies.world.policy import ACTIONS, NEXT_OBS, WorldPolicy, finite
 
-ACTIONS, NEXT_OBS = "actions", "next_obs"
 _BOTH = (ACTIONS, NEXT_OBS)
-_WANTED = ({ACTIONS}, {NEXT_OBS}, {ACTIONS, NEXT_OBS})
-
-Later = dict[str, torch.Tensor]
 
 
-class UWM(GenerativePolicy[UWMConfig]):
+class UWM(WorldPolicy[UWMConfig]):
     """A policy, which leaves o′ open, and with `infer` a world model.
 
     As a denoiser it is told of o′ by its conditioning (see JointTransformer). `encode` puts a fixed
@@ -60,8 +48,6 @@ class UWM(GenerativePolicy[UWMConfig]):
     def __init__(self, spec: PolicySpec, config: UWMConfig) -> None:
         """See GenerativePolicy."""
         super().__init__(spec, config)
-        self.form: Form = FORMS[config.form](config)
-        self.solver = self.make_solver()
         step = config.marginal_step
         self._open_time = self.form.last if step is None else step / config.num_train_steps
         open_1N = noise.further_noise([0], self.next.size)
@@ -69,22 +55,9 @@ class UWM(GenerativePolicy[UWMConfig]):
 
     def make_network(self) -> JointTransformer:
         """See GenerativePolicy."""
-        keys = self.config.future_keys(self.spec.observation)
-        make, options = component("latents", self.config.latents, "policy.latents")
-        images = self.encoder.images
-        sizes = {} if images is None else images.sizes
-        latents = {key: make(options, sizes[key]) for key in keys if key in sizes}
-        self.next = NextObservation(self.spec, keys, len(self.config.future), latents)
+        self.next = self.make_next()
         size, horizon = self.spec.action.size, self.spec.horizon
         return JointTransformer(self.config, size, horizon, self.next.groups, self.encoder.dim)
-
-    def make_solver(self, num_steps: int | None = None) -> Solver:
-        """See GenerativePolicy."""
-        return self.form.solver(num_steps)
-
-    def time_of(self, log_snr: Scalar) -> Scalar:
-        """See GenerativePolicy."""
-        return self.form.time_of(log_snr)
 
     def encode(self, obs: Mapping[str, Array]) -> torch.Tensor:
         """See ChunkPolicy; with o′ open."""
@@ -98,13 +71,6 @@ class UWM(GenerativePolicy[UWMConfig]):
         else:
             noise_BN = noise.further_noise(source, self.next.size)
         return torch.cat([cond[:, : -self.next.size], noise_BN.to(cond)], dim=1)
-
-    def denoise(self, x_t: torch.Tensor, log_snr: Scalar, cond: Cond) -> Prediction:
-        """The chunk's prediction, at the form's time and scale, given what cond says of o′."""
-        x_BHD = self.form.scaled(x_t, log_snr)
-        return Prediction(
-            evaluate(self.network, x_BHD, self.time_of(log_snr), cond), self.form.kind
-        )
 
     def objective(
         self, action_BHD: torch.Tensor, cond_BC: torch.Tensor, rng: torch.Generator
@@ -169,13 +135,8 @@ class UWM(GenerativePolicy[UWMConfig]):
         the window in the centre counts (images.crop), and comes back.
         """
         given = {ACTIONS: actions, NEXT_OBS: next_obs}
-        known = sorted(name for name, value in given.items() if value is not None)
-        if want not in _WANTED or want & set(known):
-            raise SpecError(
-                f"want is {sorted(want)}, given are {known}; want actions, next_obs or both, and "
-                "what is not given"
-            )
-        seen_BC, next_BN = self._read_next(obs, next_obs)
+        known = self._check_question(given, want)
+        seen_BC = super().encode(obs)
         seeds = noise.check_seeds(seed, len(seen_BC))
         values = {
             ACTIONS: noise.start_noise(seeds, self.spec.horizon, self.spec.action.size).flatten(1),
@@ -183,11 +144,9 @@ class UWM(GenerativePolicy[UWMConfig]):
         }
         values = {name: value_BN.to(seen_BC) for name, value_BN in values.items()}
         if actions is not None:
-            shape = (len(seeds), self.spec.horizon, self.spec.action.size)
-            chunk_BHD = read({ACTIONS: actions}, ACTIONS, shape, self.device)
-            values[ACTIONS] = _finite(self._action.normalize(chunk_BHD).flatten(1), ACTIONS)
-        if next_BN is not None:
-            values[NEXT_OBS] = next_BN
+            values[ACTIONS] = self._read_actions(actions, len(seeds)).flatten(1)
+        if next_obs is not None:
+            values[NEXT_OBS] = self._read_next(next_obs, len(seeds))
         times = {name: self.form.clean if name in known else self._open_time for name in given}
         generators = noise.step_generators(seeds) if self.solver.stochastic else None
         found = self._sample(values, times, sorted(want), seen_BC, generators)
@@ -248,33 +207,6 @@ class UWM(GenerativePolicy[UWMConfig]):
         x_BN, target_BN = self.form.noised(clean_BN, noise_BN, time_B)
         return torch.where(absent_B[:, None], noise_BN, x_BN), target_BN
 
-    def _read_later(self, source: Mapping[str, Array], prefix: str, rows: int) -> Later:
-        """The later observations [B, S, …] in device units by key."""
-        steps = len(self.config.future)
-        found: Later = {}
-        for key in self.next.keys:
-            shape = (rows, steps, *self.spec.observation[key].shape)
-            found[key] = read(source, prefix + key, shape, self.device)
-            if key in self.next.cameras and found[key].dtype != torch.uint8:
-                raise SpecError(f"{prefix}{key} is {found[key].dtype}; uint8 is right")
-        return found
-
-    def _read_next(
-        self, obs: Mapping[str, Array], next_obs: Mapping[str, Array] | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What was observed [B, C], and the next observation [B, N] if it is given."""
-        seen_BC = super().encode(obs)
-        if next_obs is None:
-            return seen_BC, None
-        for key in next_obs:
-            if key not in self.next.keys:
-                raise SpecError(str(unknown("key of next_obs", key, self.next.keys)))
-        later = self._read_later(next_obs, "", len(seen_BC))
-        views: Later = {}
-        if self.encoder.images is not None:
-            views = self.encoder.images.views(self._pictures(later), None)
-        return seen_BC, _finite(self._tokens(later, views), NEXT_OBS)
-
     def _read_batch(
         self, batch: Mapping[str, Array]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -286,29 +218,4 @@ class UWM(GenerativePolicy[UWMConfig]):
         pictures = self._pictures(later)
         seen_BC, views = self.encoder.with_later(obs, pictures, self._training_rng)
         next_BN = self._tokens(later, views)
-        return seen_BC, _finite(next_BN.masked_fill(unseen_B[:, None], 0.0), FUTURE), unseen_B
-
-    def _pictures(self, later: Later) -> Later:
-        return {key: later[key] for key in self.next.cameras}
-
-    def _tokens(self, later: Later, views: Later) -> torch.Tensor:
-        """[B, N]; views: of the pictures."""
-        states = later.keys() - views.keys()
-        normalised = {key: self.encoder.normalizer(key).normalize(later[key]) for key in states}
-        return self.next.encode(normalised | views)
-
-    def _observations(self, next_BN: torch.Tensor) -> Later:
-        """The next observation by key, in device units; pictures [B, S, h, w, 3] as seen."""
-        found = self.next.decode(next_BN)
-        for key, x in found.items():
-            if key in self.next.cameras:
-                found[key] = (255 * x).round().to(torch.uint8).movedim(2, -1)
-            else:
-                found[key] = self.encoder.normalizer(key).unnormalize(x)
-        return found
-
-
-def _finite(x_BN: torch.Tensor, what: str) -> torch.Tensor:
-    if not torch.isfinite(x_BN).all():
-        raise SpecError(f"{what} holds values that are not finite")
-    return x_BN
+        return seen_BC, finite(next_BN.masked_fill(unseen_B[:, None], 0.0), FUTURE), unseen_B

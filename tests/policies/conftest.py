@@ -36,6 +36,17 @@ SMALL_ALONE = {
         "transformer": {"width": 16, "depth": 2, "heads": 2},
     },
     "uwm": {"width": 16, "depth": 2, "heads": 2, "time_dim": 16, "registers": 2},
+    "uva": {
+        "width": 16,
+        "heads": 2,
+        "encoder_depth": 1,
+        "decoder_depth": 1,
+        "head_width": 16,
+        "head_depth": 1,
+        "time_dim": 16,
+        "frames": 1,
+        "drawn": "row",
+    },
 }
 
 FLAT = ("flow", "diffusion")

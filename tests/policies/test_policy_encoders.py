@@ -39,6 +39,17 @@ ALONE = {
         "time_dim": 16,
         "latents": {"name": "patches", "patch": 3},
     },
+    "uva": {
+        "width": 16,
+        "heads": 2,
+        "encoder_depth": 1,
+        "decoder_depth": 1,
+        "head_width": 16,
+        "time_dim": 16,
+        "frames": 1,
+        "drawn": "row",
+        "latents": {"name": "patches", "patch": 3},
+    },
 }
 
 
