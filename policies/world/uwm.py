@@ -78,6 +78,16 @@ class UWM(GenerativePolicy[UWMConfig]):
         size, horizon = self.spec.action.size, self.spec.horizon
         return JointTransformer(self.config, size, horizon, self.next.groups, self.encoder.dim)
 
+    @property
+    def predicted_keys(self) -> tuple[str, ...]:
+        """See WorldModel."""
+        return self.next.keys
+
+    @property
+    def predicted_ticks(self) -> tuple[int, ...]:
+        """See WorldModel."""
+        return self.config.future
+
     def make_solver(self, num_steps: int | None = None) -> Solver:
         """See GenerativePolicy."""
         return self.form.solver(num_steps)
