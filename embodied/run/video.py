@@ -49,7 +49,7 @@ class Film:
 
 
 def write_film(path: Path, pictures: Iterable[np.ndarray], fps: float) -> None:
-    """Write pictures [H, W, 3], uint8, as mp4; the sides are made multiples of 16 if they are not."""
+    """Write pictures [H, W, 3], uint8, as mp4, scaled to sides that are multiples of 16."""
     import imageio.v2 as imageio
 
     temporary = path.with_name(f".{path.name}")

@@ -8,8 +8,8 @@ import msgspec
 from embodied.core.errors import ConfigError
 from embodied.core.instructions import GOAL, TASK
 from embodied.core.registry import unknown
-from policies.critics.configs import CriticConfig
 from policies.configs import ChunkConfig, Count, Depth, DiffusionSolverConfig, Spacing, check_heads
+from policies.critics.configs import CriticConfig
 
 
 class UWMConfig(ChunkConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
