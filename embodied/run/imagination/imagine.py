@@ -95,19 +95,31 @@ class Imagination:
 
     def _imagine(self, recorded: Recorded, reach: int) -> Imagined:
         ticks = recorded.windows(reach, self.config.stride)
-        parts: list[tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]] = []
+        ahead: dict[str, list[np.ndarray]] = {key: [] for key in self.keys}
+        inverse: list[np.ndarray] = []
+        policy: list[np.ndarray] = []
         for begin in range(0, len(ticks), self.config.batch_size):
             some = ticks[begin : begin + self.config.batch_size]
             obs, seeds = recorded.histories(some), self._seeds(recorded, "window", some)
             seen = recorded.later(some, self.model.predicted_ticks, self.model.predicted_keys)
-            forward = self._predict(obs, recorded.chunks(some), seeds)
-            inverse = self.model.infer(obs, next_obs=seen, want={"actions"}, seed=seeds)
-            policy = self.model.infer(obs, want={"actions"}, seed=seeds)
-            parts.append((forward, *(_array(x["actions"]) for x in (inverse, policy))))
-        ahead = {k: np.concatenate([part[0][k] for part in parts]) for k in parts[0][0]}
-        inverse, policy = (np.concatenate([part[i] for part in parts]) for i in (1, 2))
+            chunks = recorded.chunks(some)
+            forward = self.model.infer(obs, actions=chunks, want={"next_obs"}, seed=seeds)
+            inferred = self.model.infer(obs, next_obs=seen, want={"actions"}, seed=seeds)
+            decided = self.model.infer(obs, want={"actions"}, seed=seeds)
+            for key, rows in ahead.items():
+                rows.append(_array(forward["next_obs"][key]))
+            inverse.append(_array(inferred["actions"]))
+            policy.append(_array(decided["actions"]))
         rolled_ticks, rolled = self._roll(recorded)
-        return Imagined(recorded, ticks, ahead, rolled_ticks, rolled, inverse, policy)
+        return Imagined(
+            recorded=recorded,
+            ticks=ticks,
+            ahead={key: np.concatenate(rows) for key, rows in ahead.items()},
+            rolled_ticks=rolled_ticks,
+            rolled=rolled,
+            inverse=np.concatenate(inverse),
+            policy=np.concatenate(policy),
+        )
 
     def _roll(self, recorded: Recorded) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Predictions along the recorded actions, each made of the one before."""
@@ -133,12 +145,6 @@ class Imagination:
             at.append(tick)
             found.append({k: _array(result[k])[0, self._step.newest] for k in self.keys})
         return np.array(at), {key: np.stack([row[key] for row in found]) for key in self.keys}
-
-    def _predict(
-        self, obs: Mapping[str, np.ndarray], chunks: np.ndarray, seeds: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        found = self.model.infer(obs, actions=chunks, want={"next_obs"}, seed=seeds)["next_obs"]
-        return {key: _array(found[key]) for key in self.keys}
 
     def _seeds(self, recorded: Recorded, what: str, ticks: np.ndarray) -> np.ndarray:
         names = (recorded.name, what)
@@ -189,14 +195,12 @@ def load(config: ImagineConfig) -> Imagination:
 
 def world_model(policy: Any, where: str) -> WorldModel:
     """The policy, or the part of it that is a world model; ConfigError if there is none."""
-    if isinstance(policy, WorldModel):
-        return policy
     parts = policy.parts().values() if isinstance(policy, Composite) else ()
-    for part in parts:
+    for part in (policy, *parts):
         if isinstance(part, WorldModel):
             return part
     raise ConfigError(
-        f"checkpoint={where} is policy '{policy.name}', which does not predict what will be seen; "
+        f"checkpoint={where} is a {type(policy).__name__}, which does not predict what will be seen; "
         "a world model such as policy=uwm is right"
     )
 

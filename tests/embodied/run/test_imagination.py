@@ -198,5 +198,5 @@ def test_what_cannot_be_imagined_is_refused(run, tmp_path):
         imagination(run, "task=pusht").execute()
     flow = tmp_path / "flow"
     assert main(["train", *TINY, "learner.steps=1", f"run.dir={flow}"]) == 0
-    with pytest.raises(ConfigError, match="is policy 'flow', which does not predict"):
+    with pytest.raises(ConfigError, match="is a FlowPolicy, which does not predict"):
         imagination(flow)
