@@ -1,4 +1,5 @@
-"""Bounds in single precision, and padded chunks. Shapes: B batch, H chunk, D action."""
+"""Bounds in single precision, and padded chunks. Shapes: B batch, n proposals,
+H chunk, d of it committed, D action."""
 
 import numpy as np
 import torch
@@ -34,6 +35,13 @@ def put_prefix(actions_BHD: np.ndarray, prefix_BdD: np.ndarray) -> None:
         wanted = (batch, f"1..{horizon}", dim)
         raise SpecError(f"prefix has shape {prefix_BdD.shape}; {wanted} is right")
     actions_BHD[:, : prefix_BdD.shape[1]] = prefix_BdD
+
+
+def with_prefix(pool_BnHD: torch.Tensor, prefix_BdD: np.ndarray) -> torch.Tensor:
+    """Proposals with the committed actions at their head; SpecError if they do not fit."""
+    rows = pool_BnHD.flatten(0, 1).cpu().numpy().copy()
+    put_prefix(rows, np.repeat(prefix_BdD, pool_BnHD.shape[1], axis=0))
+    return torch.from_numpy(rows).view_as(pool_BnHD).to(pool_BnHD)
 
 
 def shifted(chunk_BHD: np.ndarray, executed: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from embodied.core.errors import ConfigError, CorruptDataError
 from embodied.core.seeds import derive_seed
 from embodied.core.specs import PolicySpec
 from policies import noise
-from policies.arrays import float32_bounds, put_prefix
+from policies.arrays import float32_bounds, put_prefix, with_prefix
 from policies.checkpoint import construct, policy_state
 from policies.compose.members import check_actions, own_part
 from policies.critics.configs import CriticConfig, ImprovementConfig
@@ -165,7 +165,7 @@ class ImprovedPolicy(nn.Module):
         """Chunks [B, H, D]; committed actions have no slope, so that they stay."""
         committed = 0
         if prefix is not None:
-            pool_BnHD = _with_prefix(pool_BnHD, prefix)
+            pool_BnHD = with_prefix(pool_BnHD, prefix)
             committed = prefix.shape[1]
             check_delay(self.spec.horizon, self.spec.n_action_steps, committed)
         return self._chosen(cond_BC, pool_BnHD, committed, rng, self.config.improvement)
@@ -225,13 +225,6 @@ def _check_critic(spec: PolicySpec, critic: EnsembleCritic) -> None:
             f"critic.horizon is {critic.config.horizon}, and the policy's chunks have "
             f"{spec.horizon} steps; the critic must judge no more"
         )
-
-
-def _with_prefix(pool_BnHD: torch.Tensor, prefix: np.ndarray) -> torch.Tensor:
-    """The proposals with the committed actions at their head; SpecError if they do not fit."""
-    rows = pool_BnHD.flatten(0, 1).cpu().numpy().copy()
-    put_prefix(rows, np.repeat(prefix, pool_BnHD.shape[1], axis=0))
-    return torch.from_numpy(rows).view_as(pool_BnHD).to(pool_BnHD)
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -18,6 +18,10 @@ _COMMANDS = {
         "compose",
         "choose the weights of a composed policy, and report it beside its parts",
     ),
+    "imagine": (
+        "imagine",
+        "what a world model predicts of recorded episodes, beside what was seen",
+    ),
     "devices": ("devices", "list robots, cameras and GPUs, like nvidia-smi"),
     "agent": ("agent", "own this host's robots and offer them to be leased"),
     "site": ("site", "act with this host's robots for a run elsewhere"),
@@ -40,7 +44,8 @@ _COMMANDS = {
 _NO_TLS12 = ("GRPC_SSL_CIPHER_SUITES", "ECDHE-RSA-AES128-GCM-SHA256")
 
 _EPILOG = """\
-train, collect, eval, serve, compose and site take Hydra overrides: key=value, group=choice.
+train, collect, eval, serve, compose, imagine and site take Hydra overrides:
+key=value, group=choice.
 Examples:
   embodied train task=metaworld/drawer-open policy=diffusion algorithm=bc
   embodied train experiment=pusht learner.minutes=5

@@ -237,6 +237,19 @@ class Denoiser(Protocol):
 class WorldModel(Protocol):
     """Every mode of a joint model over one network."""
 
+    spec: PolicySpec
+
+    @property
+    def predicted_keys(self) -> tuple[str, ...]:
+        """Observation keys that it predicts."""
+        ...
+
+    @property
+    def predicted_ticks(self) -> tuple[int, ...]:
+        """How many ticks after the newest observation each of the S predicted ones is, ascending;
+        the first lies in 1..horizon."""
+        ...
+
     def infer(
         self,
         obs: Any,

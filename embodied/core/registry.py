@@ -32,6 +32,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "composed": "policies.compose.policy:ComposedPolicy",
         "pooled": "policies.compose.pooled:PooledPolicy",
         "improved": "policies.improved:ImprovedPolicy",
+        "planned": "policies.world.planning:PlannedPolicy",
     },
     "operators": {
         "mix": "policies.compose.operators:Mix",
@@ -67,6 +68,10 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "latents": {
         "patches": "policies.world.latents:Patches",
+    },
+    "scorers": {
+        "goal": "policies.world.scorers:GoalScorer",
+        "critic": "policies.world.scorers:CriticScorer",
     },
     "solvers": {
         "ddim": "policies.solvers.diffusion:DDIM",
@@ -179,6 +184,10 @@ OPTIONS: dict[str, dict[str, str]] = {
     },
     "latents": {
         "patches": "policies.world.configs:PatchesConfig",
+    },
+    "scorers": {
+        "goal": "policies.world.configs:GoalScorerConfig",
+        "critic": "policies.world.configs:CriticScorerConfig",
     },
     "value_heads": {
         "hl_gauss": "policies.critics.configs:HLGaussConfig",

@@ -83,8 +83,11 @@ def policy_spec(config: TrainConfig) -> PolicySpec:
 def instruction(config: TrainConfig, task: str) -> str:
     """A recorded task in words: as configured, else as the registered task of this name says, else
     its name, which imported data sets have in words."""
-    if task in config.instructions:
-        return config.instructions[task]
+    return config.instructions.get(task) or task_words(task)
+
+
+def task_words(task: str) -> str:
+    """What the registered task of this name says, else the name."""
     try:
         found, name = family.find(task)
     except ConfigError:

@@ -1,7 +1,10 @@
 """Films of rollouts."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from embodied.core.errors import MissingDependencyError
 from hal.commander import Leasable
@@ -38,17 +41,22 @@ class Film:
 
     def save(self, path: Path) -> bool:
         """Write the film, forget it; False if the device cannot draw itself."""
-        import imageio.v2 as imageio
-
         pictures, self._pictures, self._count = self._pictures, [], 0
         if not pictures:
             return False
-        temporary = path.with_name(f".{path.name}")
-        film: Any = imageio.get_writer(
-            temporary, format="FFMPEG", fps=self._fps, codec="libx264", macro_block_size=16
-        )
-        with film:
-            for picture in [*pictures, *[pictures[-1]] * int(self._fps / 2)]:
-                film.append_data(picture)
-        temporary.rename(path)
+        write_film(path, [*pictures, *[pictures[-1]] * int(self._fps / 2)], self._fps)
         return True
+
+
+def write_film(path: Path, pictures: Iterable[np.ndarray], fps: float) -> None:
+    """Write pictures [H, W, 3], uint8, as mp4, scaled to sides that are multiples of 16."""
+    import imageio.v2 as imageio
+
+    temporary = path.with_name(f".{path.name}")
+    film: Any = imageio.get_writer(
+        temporary, format="FFMPEG", fps=fps, codec="libx264", macro_block_size=16
+    )
+    with film:
+        for picture in pictures:
+            film.append_data(picture)
+    temporary.rename(path)

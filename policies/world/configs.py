@@ -9,6 +9,7 @@ from embodied.core.errors import ConfigError
 from embodied.core.instructions import GOAL, TASK
 from embodied.core.registry import unknown
 from policies.configs import ChunkConfig, Count, Depth, DiffusionSolverConfig, Spacing, check_heads
+from policies.critics.configs import CriticConfig
 
 
 class WorldConfig(ChunkConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -193,3 +194,32 @@ class PatchesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     patch: Annotated[int, msgspec.Meta(ge=1, le=64)] = 12
     shrink: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+
+
+class GoalScorerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What shall be seen.
+
+    targets: by predicted key, the numbers wanted (flattened), or the observation key whose newest
+    value is wanted, such as goal.observation.state. weights: by key, of the squared distance; 1
+    where none is given.
+    """
+
+    targets: dict[str, str | tuple[float, ...]]
+    weights: dict[str, Annotated[float, msgspec.Meta(ge=0)]] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for no target, or a weight of none."""
+        if not self.targets:
+            raise ConfigError("a goal scorer needs targets: {observation.state: [0.1, 0.2]}")
+        for key in self.weights:
+            if key not in self.targets:
+                raise unknown("key of weights", key, self.targets)
+
+
+class CriticScorerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A critic that values what will be seen. spec: what it reads, as in a checkpoint. options: its
+    own. draws: of the policy, in each situation, over which the value is averaged."""
+
+    spec: dict[str, Any]
+    options: CriticConfig
+    draws: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1

@@ -51,6 +51,16 @@ class WorldPolicy(GenerativePolicy[W]):
         latents = {key: make(options, sizes[key]) for key in keys if key in sizes}
         return NextObservation(self.spec, keys, len(self.config.future), latents)
 
+    @property
+    def predicted_keys(self) -> tuple[str, ...]:
+        """See WorldModel."""
+        return self.next.keys
+
+    @property
+    def predicted_ticks(self) -> tuple[int, ...]:
+        """See WorldModel."""
+        return self.config.future
+
     def make_solver(self, num_steps: int | None = None) -> Solver:
         """See GenerativePolicy."""
         return self.form.solver(num_steps)

@@ -17,6 +17,7 @@ from policies.compose.build import compose
 from policies.critics.configs import ImprovementConfig
 from policies.critics.ensemble import EnsembleCritic
 from policies.improved import improved
+from policies.world.planning import planned
 
 SMALL = {
     "mlp": {"name": "mlp", "width": 32, "depth": 1, "time_dim": 16},
@@ -54,6 +55,8 @@ COMPOSED = {
     "composed": {"name": "mix", "weights": [0.4, 0.6]},
     "pooled": {"name": "pooled", "proposals": 2},
 }
+
+GOAL = {"name": "goal", "targets": {"observation.state": [0.3, -0.2, 0.1]}}
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +103,10 @@ class Fixtures:
             base = self.policy(device=device, seed=seed, **options)
             improvement = ImprovementConfig(proposals=6, kept=3, steps=2, step_size=0.1)
             return improved(base, self.critic(base.spec, seed=seed), improvement)
+        if name == "planned":
+            base = self.policy(device=device, seed=seed, **options)
+            world = self.policy("uwm", device=device, seed=seed)
+            return planned(base, GOAL, world=world, proposals=4)
         device = device or self.device()
         if name == "lora":
             assert self.folder is not None

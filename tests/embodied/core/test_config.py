@@ -125,7 +125,7 @@ def test_options_that_are_apart_from_their_class_are_its_own():
     "kind", ["policies", "networks", "encoders", "text_encoders", "value_heads"]
 )
 def test_options_of_all_that_is_trained_are_apart_from_their_class(kind):
-    composed = {"composed", "pooled", "improved"} if kind == "policies" else set()
+    composed = {"composed", "pooled", "improved", "planned"} if kind == "policies" else set()
     assert registry.OPTIONS[kind].keys() == registry.BUILTIN[kind].keys() - composed
 
 

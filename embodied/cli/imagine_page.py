@@ -1,0 +1,129 @@
+"""What a world model predicts, as pictures, films, plots and one HTML page."""
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embodied.core.files import write_atomic
+from embodied.core.protocols import WorldModel
+from embodied.run.imagination.errors import centre
+from embodied.run.imagination.imagine import Imagined
+
+_COLUMNS = 8
+_SIDE = 96
+"""Pictures are enlarged, by a whole number, to about this height."""
+_GAP = 4
+_FPS = 10.0
+_ELEMENTS = 6
+"""Elements of a state that are plotted."""
+
+
+def write_page(
+    output: Path,
+    episodes: list[Imagined],
+    keys: tuple[str, ...],
+    model: WorldModel,
+    summary: dict[str, Any],
+) -> Path:
+    """Write index.html, and beside it of every picture key STREAM-NUMBER-KEY.png and .mp4."""
+    import jinja2
+
+    offset = model.predicted_ticks[0]
+    sections: list[dict[str, Any]] = []
+    for episode in episodes:
+        plots: list[tuple[str, str]] = []
+        films: list[tuple[str, str, str]] = []
+        for key in keys:
+            if model.spec.observation[key].dtype == "uint8":
+                name = f"{episode.recorded.name.replace('/', '-')}-{key}"
+                picture = _write_pictures(output, name, episode, key, offset)
+                films.append((key, picture, f"{name}.mp4"))
+            else:
+                plots.append((key, _state_plot(episode, key, offset)))
+        sections.append({"name": episode.recorded.name, "plots": plots, "films": films})
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("embodied.cli", "templates"), autoescape=True
+    )
+    page = environment.get_template("imagine.html.j2").render(
+        summary=summary,
+        sections=sections,
+        curves=[
+            (key, _error_plot(summary, key)) for key in keys if "errors" in summary["open_loop"]
+        ],
+        rows=("seen", "one chunk ahead", "of predictions"),
+    )
+    path = output / "index.html"
+    write_atomic(path, page.encode())
+    return path
+
+
+def frames(episode: Imagined, key: str, offset: int) -> list[np.ndarray]:
+    """For each window what was seen `offset` ticks later, what was predicted of it, and, if there
+    is one, the newest prediction of predictions, one below the other: [H, W, 3], uint8."""
+    found: list[np.ndarray] = []
+    seen, rolled = episode.recorded.observation[key], episode.rolled.get(key)
+    for predicted, tick in zip(episode.ahead[key][:, 0], episode.ticks + offset, strict=True):
+        rows = [centre(seen[tick], predicted), predicted]
+        if rolled is not None:
+            before = int(np.searchsorted(episode.rolled_ticks, tick, side="right"))
+            rows.append(rolled[before - 1] if before else np.full_like(predicted, 255))
+        times = max(1, round(_SIDE / len(predicted)))
+        large = [row.repeat(times, axis=0).repeat(times, axis=1) for row in rows]
+        gap = np.full((_GAP, large[0].shape[1], 3), 255, np.uint8)
+        found.append(np.concatenate([part for row in large for part in (row, gap)][:-1]))
+    return found
+
+
+def _write_pictures(output: Path, name: str, episode: Imagined, key: str, offset: int) -> str:
+    """Write the film and the strip; returns the latter as a data URL."""
+    from PIL import Image
+
+    from embodied.run.video import write_film
+
+    pictures = frames(episode, key, offset)
+    chosen = np.unique(np.linspace(0, len(pictures) - 1, _COLUMNS).round().astype(int))
+    gap = np.full((len(pictures[0]), _GAP, 3), 255, np.uint8)
+    strip = np.concatenate([part for k in chosen for part in (pictures[k], gap)][:-1], axis=1)
+    buffer = io.BytesIO()
+    Image.fromarray(strip).save(buffer, format="PNG")
+    write_atomic(output / f"{name}.png", buffer.getvalue())
+    write_film(output / f"{name}.mp4", pictures, _FPS)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _state_plot(episode: Imagined, key: str, offset: int) -> str:
+    from embodied.cli.report import new_figure, svg
+
+    figure, axes = new_figure()
+    true = _elements(episode.recorded.observation[key])
+    ahead = _elements(episode.ahead[key][:, 0])
+    for element in range(true.shape[1]):
+        (line,) = axes.plot(true[:, element], linewidth=1)
+        style = {"linestyle": "none", "color": line.get_color()}
+        axes.plot(episode.ticks + offset, ahead[:, element], marker=".", markersize=3, **style)
+        if key in episode.rolled:
+            rolled = _elements(episode.rolled[key])[:, element]
+            axes.plot(episode.rolled_ticks, rolled, marker="x", markersize=5, **style)
+    axes.set(xlabel="tick", ylabel=key)
+    return svg(figure)
+
+
+def _error_plot(summary: dict[str, Any], key: str) -> str:
+    from embodied.cli.report import new_figure, svg
+
+    figure, axes = new_figure()
+    rows = [row for row in summary["open_loop"]["errors"] if row["key"] == key]
+    ticks = [row["ticks"] for row in rows]
+    axes.plot(ticks, [row["forward_rmse"] for row in rows], marker="o", label="predicted")
+    axes.plot(ticks, [row["unchanged_rmse"] for row in rows], marker="s", label="nothing changes")
+    axes.set(xlabel="ticks after the start", ylabel="error (rms)")
+    axes.legend(frameon=False, fontsize=8)
+    return svg(figure)
+
+
+def _elements(states: np.ndarray) -> np.ndarray:
+    """[W, …] → the first elements [W, n]."""
+    return states.reshape(len(states), -1)[:, :_ELEMENTS]
