@@ -200,8 +200,8 @@ def world_model(policy: Any, where: str) -> WorldModel:
         if isinstance(part, WorldModel):
             return part
     raise ConfigError(
-        f"checkpoint={where} is a {type(policy).__name__}, which predicts nothing of what is seen; "
-        "a world model such as policy=uwm is right"
+        f"checkpoint={where} is a {type(policy).__name__}, which does not predict what "
+        "will be seen; a world model such as policy=uwm is right"
     )
 
 
