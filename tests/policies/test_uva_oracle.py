@@ -20,7 +20,13 @@ def scalar(horizon=1, **options):
     """A policy of one number seen and done, whose normalisers are identities."""
     device = DeviceSpec({STATE: ArraySpec((1,))}, ArraySpec((1,), low=(-1.0,), high=(1.0,)), 10.0)
     stats = {STATE: SimpleNamespace(mean=[0.0], std=[1.0], min=[-1.0], max=[1.0])}
-    config = {"n_obs_steps": 1, "horizon": horizon, "n_action_steps": 1, "frames": 1}
+    config = {
+        "n_obs_steps": 1,
+        "horizon": horizon,
+        "n_action_steps": 1,
+        "frames": 1,
+        "form": "flow",
+    }
     sizes = {"head_width": 64, "head_depth": 2, **SMALL}
     return build_policy("uva", config | sizes | options, device, [STATE], stats, seed=0)
 
@@ -66,7 +72,7 @@ def signs(rows, seed):
 def test_given_z_the_published_head_knows_nothing_of_other_actions(head):
     """Its signs are independent, so that all agree in one chunk of 2¹⁵; the joint head's agree."""
     policy = scalar(16, modes=["policy"], action_head=head)
-    train(policy, lambda step: signs(64, step), 300)
+    train(policy, lambda step: signs(64, step), 250)
     chunks_BHD = policy.sample({STATE: np.zeros((1, 1, 1), np.float32)}, 400, seed=0)[0]
     assert (chunks_BHD.abs() > 0.5).float().mean() > 0.9
     positive_B = (chunks_BHD > 0).float().mean(dim=(1, 2))
@@ -84,10 +90,9 @@ def test_the_inverse_mode_knows_what_it_is_told(told):
         modes=["policy", "inverse"],
         drawn="row",
         inverse_history=told,
-        timestep_spacing="leading",
         clip_sample=False,
     )
-    train(policy, lambda step: system(256, step), 700)
+    train(policy, lambda step: system(256, step), 400)
     rows = 1000
     obs = {STATE: np.ones((rows, 1, 1), np.float32)}
     later = {STATE: np.full((rows, 1, 1), 0.8, np.float32)}
