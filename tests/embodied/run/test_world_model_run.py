@@ -66,3 +66,14 @@ def test_a_run_predicts_pictures(tmp_path):
     assert main(["train", *SMALL, *eyes, f"run.dir={tmp_path / 'run'}"]) == 0
     policy, _, _ = stored_policy(tmp_path / "run")
     assert policy.next.groups == ((1, 2), (9, 48))
+
+
+def test_a_run_draws_its_modes(tmp_path):
+    own = [x for x in SMALL if x != "policy=uwm" and "next_after" not in x and "depth" not in x]
+    own = ["policy=uva", *own, "+policy.head_width=16", f"run.dir={tmp_path / 'run'}"]
+    assert window_spec(load_train(own)).future == (2, 4, 6, 8)
+    assert main(["train", *own]) == 0
+    (row,) = RunDir(tmp_path / "run").read("metrics", "learner")
+    assert {"loss", "action_loss", "next_loss"} <= row.keys()
+    policy, _, _ = stored_policy(tmp_path / "run")
+    assert policy.name == "uva" and policy.frames.tokens > 1
