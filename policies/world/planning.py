@@ -219,7 +219,7 @@ def planned(
     """
     options = dict(scorer)
     if critic is not None:
-        known = msgspec.json.decode(msgspec.json.encode(critic.config))
+        known = msgspec.to_builtins(critic.config)
         options |= {"spec": spec_data(critic.spec), "options": known}
     config = PlannedConfig(
         policy=policy_state(policy)[0],
