@@ -41,7 +41,7 @@ class ImprovedConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     improvement: ImprovementConfig = msgspec.field(default_factory=ImprovementConfig)
 
 
-class ImprovedPolicy(nn.Module):
+class ImprovedPolicy(noise.LearnsAsItsPolicy, nn.Module):
     """Draws proposals from a policy, which needs no more than `sample` and `loss`, and acts on what
     the optimiser of actions makes of them (policies/improvement.py).
 
@@ -135,22 +135,6 @@ class ImprovedPolicy(nn.Module):
         options = msgspec.structs.replace(self.config.improvement, temperature=temperature)
         cond_BC = self._encode(obs)
         return self._chosen(cond_BC, pool_BnHD, 0, _generator(seed), options, data_BHD)
-
-    def loss(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, float]]:
-        """The policy's."""
-        return self.policy.loss(batch)
-
-    def seed_training(self, seed: int) -> None:
-        """Start the policy's stream of training noise."""
-        self.policy.seed_training(seed)
-
-    def training_rng_state(self) -> torch.Tensor:
-        """State of the policy's stream of training noise."""
-        return self.policy.training_rng_state()
-
-    def set_training_rng_state(self, state: torch.Tensor) -> None:
-        """Continue the policy's stream of training noise."""
-        self.policy.set_training_rng_state(state)
 
     def _encode(self, obs: Mapping[str, Any]) -> torch.Tensor:
         return self.critic.encode(own_part("critic", self.critic.spec, self.spec, obs))

@@ -1,5 +1,6 @@
 """Noise that depends on a row's seed alone. Shapes: B batch, H chunk, D action, N numbers."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -89,3 +90,25 @@ class TrainingNoise:
             self._training_rng.set_state(state)
         except (RuntimeError, TypeError) as error:
             raise CorruptDataError(f"not a state of the training noise: {error}") from error
+
+
+class LearnsAsItsPolicy:
+    """Acts in another way than the policy in it, and learns by that policy's loss and noise."""
+
+    policy: Any
+
+    def loss(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, float]]:
+        """The policy's."""
+        return self.policy.loss(batch)
+
+    def seed_training(self, seed: int) -> None:
+        """Start the policy's stream of training noise."""
+        self.policy.seed_training(seed)
+
+    def training_rng_state(self) -> torch.Tensor:
+        """State of the policy's stream of training noise."""
+        return self.policy.training_rng_state()
+
+    def set_training_rng_state(self, state: torch.Tensor) -> None:
+        """Continue the policy's stream of training noise."""
+        self.policy.set_training_rng_state(state)

@@ -112,7 +112,7 @@ class Planner:
         return pool_BnHD.take_along_dim(chosen_B[:, None, None, None], dim=1)[:, 0]
 
 
-class PlannedPolicy(nn.Module):
+class PlannedPolicy(noise.LearnsAsItsPolicy, nn.Module):
     """Acts on the best of a policy's proposals by what a world model predicts of them.
 
     The policy needs no more than `sample` and `loss`. Learning is the policy's alone.
@@ -186,22 +186,6 @@ class PlannedPolicy(nn.Module):
         wide = {key: torch.as_tensor(x).repeat_interleave(n, dim=0) for key, x in obs.items()}
         seeds = [derive_seed(seed, "row", row) for row in range(len(pools))]
         return self.planner.best(wide, pools, seeds).unflatten(0, (-1, n))
-
-    def loss(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, float]]:
-        """The policy's."""
-        return self.policy.loss(batch)
-
-    def seed_training(self, seed: int) -> None:
-        """Start the policy's stream of training noise."""
-        self.policy.seed_training(seed)
-
-    def training_rng_state(self) -> torch.Tensor:
-        """State of the policy's stream of training noise."""
-        return self.policy.training_rng_state()
-
-    def set_training_rng_state(self, state: torch.Tensor) -> None:
-        """Continue the policy's stream of training noise."""
-        self.policy.set_training_rng_state(state)
 
 
 def planned(
