@@ -33,23 +33,36 @@ def improve(
     for fewer than m proposals, ConfigError for bounds that are not finite, EmbodiedError for values
     that are not.
     """
+    drawn = actions_BnHD.shape[1]
+    if drawn < config.kept:
+        raise SpecError(
+            f"there are {drawn} proposals, of which improvement.kept={config.kept} shall be kept; "
+            "draw at least as many"
+        )
     with torch.no_grad():
-        if actions_BnHD.shape[1] < config.kept:
-            raise SpecError(
-                f"there are {actions_BnHD.shape[1]} proposals, of which improvement.kept="
-                f"{config.kept} shall be kept; draw at least as many"
-            )
-        if actions_BnHD.shape[1] > config.kept or data_BHD is not None:
-            actions_BnHD = rank(q_of, actions_BnHD, config.kept)
-        if data_BHD is not None:
-            actions_BnHD = torch.cat([actions_BnHD[:, :-1], data_BHD[:, None]], dim=1)
-        return ascend(q_of, actions_BnHD, low_D, high_D, config.steps, config.step_size)
+        if config.mean:
+            actions_BnHD = torch.cat([actions_BnHD, actions_BnHD.mean(dim=1, keepdim=True)], dim=1)
+        if actions_BnHD.shape[1] == config.kept and data_BHD is None:
+            return ascend(q_of, actions_BnHD, low_D, high_D, config.steps, config.step_size)
+        kept_BmHD, q_Bm = _keep(q_of, actions_BnHD, config.kept, data_BHD)
+        if not config.steps:
+            return kept_BmHD, q_Bm
+        return ascend(q_of, kept_BmHD, low_D, high_D, config.steps, config.step_size)
 
 
-def rank(q_of: Values, actions_BnHD: torch.Tensor, kept: int) -> torch.Tensor:
-    """The `kept` best, best first: [B, kept, H, D]."""
-    best_Bm = _finite(q_of(actions_BnHD)).topk(kept, dim=1).indices
-    return actions_BnHD.take_along_dim(best_Bm[:, :, None, None], dim=1)
+def _keep(
+    q_of: Values, actions_BnHD: torch.Tensor, kept: int, data_BHD: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `kept` best, best first, but recorded ones last if there are any; and their values."""
+    n = actions_BnHD.shape[1]
+    if data_BHD is not None:
+        actions_BnHD = torch.cat([actions_BnHD, data_BHD[:, None]], dim=1)
+    q_Bn = _finite(q_of(actions_BnHD))
+    chosen_Bm = q_Bn[:, :n].topk(kept, dim=1).indices
+    if data_BHD is not None:
+        chosen_Bm[:, -1] = n
+    kept_BmHD = actions_BnHD.take_along_dim(chosen_Bm[:, :, None, None], dim=1)
+    return kept_BmHD, q_Bn.take_along_dim(chosen_Bm, dim=1)
 
 
 def ascend(

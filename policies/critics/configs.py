@@ -56,13 +56,15 @@ class CriticConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 class ImprovementConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Options of the optimiser of actions (policies/improvement.py).
 
-    proposals: drawn from the policy for a decision. kept: how many of them, the best, are
-    improved; all, and nothing is ranked. steps: of gradient ascent on each; 0 for none. step_size:
-    α, where each action's bounds are −1 and 1: its effect grows with the values' scale.
+    proposals: drawn from the policy for a decision. mean: whether their mean is one more. kept: how
+    many of these, the best, are improved; all, and nothing is ranked. steps: of gradient ascent on
+    each; 0 for none. step_size: α, where each action's bounds are −1 and 1: its effect grows with
+    the values' scale.
     temperature: None takes the best, a number draws from softmax(q / temperature).
     """
 
     proposals: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 32
+    mean: bool = False
     kept: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 10
     steps: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 10
     step_size: Annotated[float, msgspec.Meta(gt=0)] = 3e-4

@@ -5,10 +5,11 @@ import torch
 from chi_square import deviates
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from embodied.core.errors import ConfigError, EmbodiedError, SpecError
 from policies.critics.configs import ImprovementConfig
-from policies.improvement import ascend, choose, improve, rank
+from policies.improvement import ascend, choose, improve
 
 LOW, HIGH = torch.tensor([-1.0]), torch.tensor([1.0])
 
@@ -79,7 +80,7 @@ def test_the_best_are_kept_of_each_row():
     found, kept = improve(quadratic(0.0), start, LOW, HIGH, options)
     torch.testing.assert_close(kept, q.sort(dim=1, descending=True).values[:, :7])
     torch.testing.assert_close(quadratic(0.0)(found), kept)
-    assert torch.equal(rank(quadratic(0.0), start, 1)[:, 0], choose(start, q, None, None))
+    assert torch.equal(found[:, 0], choose(start, q, None, None))
     everything = ImprovementConfig(proposals=32, kept=32, steps=0)
     assert torch.equal(improve(quadratic(0.0), start, LOW, HIGH, everything)[0], start)
 
@@ -89,9 +90,25 @@ def test_recorded_chunks_take_the_place_of_the_worst_kept():
     for kept in (3, 8):
         options = ImprovementConfig(proposals=8, kept=kept, steps=0)
         found, q = improve(quadratic(0.0), start, LOW, HIGH, options, data)
-        assert torch.equal(found[:, :-1], rank(quadratic(0.0), start, kept)[:, :-1])
+        best = improve(quadratic(0.0), start, LOW, HIGH, replace(options, kept=kept - 1))[0]
+        assert torch.equal(found[:, :-1], best)
         assert torch.equal(found[:, -1], data)
         torch.testing.assert_close(quadratic(0.0)(found), q)
+
+
+def test_the_mean_of_the_proposals_is_one_more():
+    """Of noisy proposals around the best action the mean is the best; it counts for the kept ones,
+    also where all drawn ones would be."""
+    start = 0.3 * uniform(5, 8, 2, 3)
+    mean = start.mean(dim=1)
+    options = ImprovementConfig(proposals=8, kept=8, steps=0, mean=True)
+    found, q = improve(quadratic(mean[:, None]), start, LOW, HIGH, options)
+    torch.testing.assert_close(found[:, 0], mean)
+    torch.testing.assert_close(q[:, 0], torch.zeros(5))
+    assert found.shape == start.shape
+    data = uniform(5, 2, 3, seed=1)
+    found, _ = improve(quadratic(mean[:, None]), start, LOW, HIGH, options, data)
+    torch.testing.assert_close(found[:, [0, -1]], torch.stack([mean, data], dim=1))
 
 
 def bimodal(rows, n, seed=0):
