@@ -31,6 +31,7 @@ from embodied.weights.store import WeightStore
 from embodied.weights.trial import Trial
 from policies import specs
 from policies.configs import ChunkConfig
+from policies.initial import begin_with
 from sim import family
 from sim.family import SimConfig
 
@@ -115,6 +116,8 @@ def policy_format(config: TrainConfig) -> PolicyFormat:
             statistics,
             seed=derive_seed(config.seed, "initial weights"),
         )
+        if config.initial is not None:
+            begin_with(policy, Path(config.initial))
         if algorithm.critic is None:
             return policy
         judged = critic_options(algorithm, policy.spec.n_action_steps)

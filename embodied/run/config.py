@@ -1,6 +1,7 @@
 """The typed configuration of a run, and what is derived from it once."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -20,6 +21,7 @@ from embodied.run.gateway_options import GatewayConfig
 from hal.gpus import one_gpu
 from hal.rewards import make_reward
 from policies.acting import InferenceConfig
+from policies.initial import check_initial
 from policies.specs import policy_spec
 from sim import family
 from sim.family import SimConfig
@@ -102,13 +104,15 @@ class TrainConfig(_Struct, frozen=True):
     all, the pictures of sim.cameras included. All is recorded either way. instructions: words for
     recorded tasks by name, where they are not a registered task's own (see build.instruction).
     reward: a registered one and its options, which judges what actors record in the task's place;
-    null for the task's own. Evaluations are always judged by the task.
+    null for the task's own. Evaluations are always judged by the task. initial: folder of a policy,
+    or of a run, with whose weights and normalisers the policy begins; null for fresh ones.
     """
 
     task: str
     seed: int
     sim: SimConfig
     observations: tuple[str, ...] | None
+    initial: str | None
     instructions: dict[str, str]
     run: RunConfig
     demonstrations: DemonstrationsConfig
@@ -231,6 +235,8 @@ def _check_policy(config: TrainConfig) -> PolicySpec:
         words = [found.make_task(task, config.sim).instruction, *config.instructions.values()]
         for text in words:
             encode_instruction(text, told.size)
+    if config.initial is not None:
+        check_initial(Path(config.initial), config.policy["name"], spec)
     return spec
 
 
@@ -322,6 +328,7 @@ def same_experiment(new: TrainConfig, stored: TrainConfig) -> None:
         "seed",
         "sim",
         "observations",
+        "initial",
         "instructions",
         "reward",
         "demonstrations",
