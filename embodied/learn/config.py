@@ -111,9 +111,11 @@ class PARLConfig(ActorCriticConfig, frozen=True, forbid_unknown_fields=True, kw_
     improvement: options of ImprovementConfig. proposals_age: for how many gradient steps what the
     policy proposed for an observation is used again in backups and distillation; 0 draws each time.
     distil_learning_rate; distil_temperature: see ImprovementConfig. distil_data: whether the
-    recorded action is among the candidates. conservatism: weight α of the regulariser of Cal-QL in
-    the critic's loss, 0 for none: by how much other actions are held below the recorded ones;
-    conservatism_actions: how many random ones, and how many copies of each of the policy's two.
+    recorded action is among the candidates. distil_successes: distil only situations from which
+    more was earned than the least possible; of episodes without a success, none. conservatism:
+    weight α of the regulariser of Cal-QL in the critic's loss, 0 for none: by how much other
+    actions are held below the recorded ones; conservatism_actions: how many random ones, and how
+    many copies of each of the policy's two.
     """
 
     proposals_age: Count = 200
@@ -121,6 +123,7 @@ class PARLConfig(ActorCriticConfig, frozen=True, forbid_unknown_fields=True, kw_
     distil_learning_rate: Rate = 1e-4
     distil_temperature: Rate | None = 0.5
     distil_data: bool = True
+    distil_successes: bool = False
     conservatism: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     conservatism_actions: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 10
 

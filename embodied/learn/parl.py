@@ -28,9 +28,11 @@ class PARL(ActorCritic):
         self.improvement = config.improvement
 
     def windows(self, spec: WindowSpec, n_action_steps: int) -> WindowSpec:
-        """See ActorCritic; with returns to go if the critic is calibrated by them."""
+        """See ActorCritic; with returns to go if something asks what an episode came to."""
+        options = self._options
+        asked = options.conservatism > 0 or options.distil_successes
         windows = super().windows(spec, n_action_steps)
-        return msgspec.structs.replace(windows, return_to_go=self._options.conservatism > 0)
+        return msgspec.structs.replace(windows, return_to_go=asked)
 
     def updates(self, policy: Any, options: LearnerConfig, seed: int) -> Updates:
         """See BC; the policy is an improved one."""

@@ -116,6 +116,27 @@ def test_what_was_seen_later_is_not_taken_for_the_outcome_of_better_actions():
     assert [bool(pad.any()) for pad in told] == [False, True] and told[1].all()
 
 
+def test_only_what_led_to_success_is_distilled():
+    options = PARLConfig(cloning_steps=0, offline_steps=0, critic_steps=1, distil_successes=True)
+    learner_format = make_format(options)
+    learner = Learner(learner_format.make({}), learner_format, LEARNER, seed=1)
+    told, loss = [], learner.policy.policy.loss
+
+    def record(batch):
+        told.append(batch[STATE])
+        return loss(batch)
+
+    learner.policy.policy.loss = record
+    for batch, failed in zip(batches(3), (slice(0, 20), slice(0, 0), slice(0, 32)), strict=True):
+        batch["return_to_go"][failed] = -1 / (1 - options.discount)
+        metrics = learner.update(batch)
+        succeeded = np.delete(batch[STATE], failed, axis=0)
+        assert ("policy_loss" in metrics) == bool(len(succeeded))
+        if len(succeeded):
+            np.testing.assert_array_equal(told.pop(), succeeded)
+    assert not told
+
+
 def test_values_beyond_the_head_stop_training():
     head = {"name": "hl_gauss", "low": -1.0, "high": 1.0, "bins": 16}
     form = make_format(msgspec.structs.replace(PHASES, cloning_steps=0), head)
