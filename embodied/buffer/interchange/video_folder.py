@@ -87,8 +87,8 @@ def _pictures(path: Path, size: tuple[int, int], hz: float) -> Iterator[np.ndarr
         while tick / hz <= until_s + _ROUNDING_S:
             if tick * 3 * size[0] * size[1] > _MAX_BYTES:
                 raise ConfigError(
-                    f"{path}: its pictures at {hz} Hz take more than {_MAX_BYTES >> 30} GiB, and an "
-                    "episode is imported as a whole; cut it into several files"
+                    f"{path}: its pictures at {hz} Hz take more than {_MAX_BYTES >> 30} GiB, and "
+                    "an episode is imported as a whole; cut it into several files"
                 )
             yield _fitted(frame, size)
             tick += 1

@@ -128,8 +128,8 @@ def open_sampling(
     """The sampler over the run's reader and all sources, as these are now.
 
     own: names and parts of what the run records; of further sources with actions the first part's
-    steps are taken. instruction: see WindowSampler. Raises ConfigError for an unknown strategy, wrong
-    options, or a source without data.
+    steps are taken. instruction: see WindowSampler. Raises ConfigError for an unknown strategy,
+    wrong options, or a source without data.
     """
     samplers = {
         name: WindowSampler(

@@ -1,7 +1,5 @@
 """Sources of which only what was seen counts, beside labelled ones."""
 
-from pathlib import Path
-
 import lerobot_v3
 import numpy as np
 import pytest
@@ -173,9 +171,9 @@ def test_without_saying_so_only_demonstrations_are_learned_from(own, tmp_path):
     reader, _ = own
     path = record(tmp_path / "seen", elsewhere(4))
     config = SamplingConfig(sources={"seen": SourceConfig(path=str(path))})
-    with pytest.raises(ConfigError, match="no step is selected.*actions=false"):
+    with pytest.raises(ConfigError, match=r"no step is selected.*actions=false"):
         open_sampling(config, reader, SPEC, {OWN: OwnSource(demonstrated)}, ReplayReader)
-    with pytest.raises(ConfigError, match=f"{Path('none')} is neither"):
+    with pytest.raises(ConfigError, match="path=none is neither"):
         check_sampling(
             SamplingConfig(sources={"seen": SourceConfig(path="none")}), SEEN, ReplayReader
         )
