@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-from embodied.buffer.interchange.dataset import Episode, last_step, source_stream
+from embodied.buffer.interchange.dataset import Episode, Side, fitted, last_step, source_stream
 from embodied.core.episodes import Step
 from embodied.core.errors import ConfigError, CorruptDataError, MissingDependencyError
 
@@ -16,7 +16,6 @@ SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 _MAX_SIDE = 1 << 13
 _MAX_BYTES = 1 << 32
 _ROUNDING_S = 1e-6
-_Side = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 
 
 class VideoFolder:
@@ -36,7 +35,7 @@ class VideoFolder:
 
         path: str
         key: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-        image_size: tuple[_Side, _Side]
+        image_size: tuple[Side, Side]
         hz: Annotated[float, msgspec.Meta(gt=0, le=1000)]
         task: str | None = None
 
@@ -90,7 +89,7 @@ def _pictures(path: Path, size: tuple[int, int], hz: float) -> Iterator[np.ndarr
                     f"{path}: its pictures at {hz} Hz take more than {_MAX_BYTES >> 30} GiB, and "
                     "an episode is imported as a whole; cut it into several files"
                 )
-            yield _fitted(frame, size)
+            yield fitted(_upright(frame), size)
             tick += 1
     if tick < 2:
         raise CorruptDataError(
@@ -139,12 +138,5 @@ def _frames(path: Path) -> Iterator[Any]:
         raise CorruptDataError(f"{path} cannot be decoded: {error}") from error
 
 
-def _fitted(frame: Any, size: tuple[int, int]) -> np.ndarray:
-    """The frame upright, the largest centred window of these proportions, at this size."""
-    turns = round(frame.rotation / 90) % 4
-    height, width = size if turns % 2 == 0 else size[::-1]
-    scale = max(height / frame.height, width / frame.width)
-    tall, wide = round(frame.height * scale), round(frame.width * scale)
-    whole = frame.to_ndarray(format="rgb24", height=tall, width=wide, interpolation="AREA")
-    top, left = (tall - height) // 2, (wide - width) // 2
-    return np.rot90(whole[top : top + height, left : left + width], turns)
+def _upright(frame: Any) -> np.ndarray:
+    return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from lerobot_v3 import encode
 
+from embodied.buffer.interchange.dataset import fitted
 from embodied.buffer.interchange.video_folder import VideoFolder
 from embodied.buffer.read.replay import ReplayReader
 from embodied.buffer.sample.samplers import WindowSampler, WindowSpec
@@ -102,6 +103,14 @@ def test_the_centre_is_seen_in_its_proportions(tmp_path):
     assert picture.shape == (8, 8, 3)
     assert (picture[4:].min(axis=(1, 2)) > 150).all()
     assert picture[1:3, 1:3, 0].min() > 150 and picture[1:3, 1:3, 1].max() < 60
+
+
+def test_pictures_are_averaged_over_areas():
+    picture = np.random.default_rng(0).integers(0, 256, (8, 20, 1), np.uint8)
+    blocks = picture[:, 4:16].reshape(2, 4, 3, 4).mean(axis=(1, 3))
+    np.testing.assert_allclose(fitted(picture, (2, 3))[..., 0], blocks, atol=1)
+    colours = np.repeat(picture, 3, axis=2)
+    assert (fitted(colours, (2, 3)) == fitted(picture, (2, 3))).all()
 
 
 def test_pictures_are_turned_as_the_file_says(tmp_path):
