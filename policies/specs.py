@@ -14,11 +14,6 @@ class KnowsSpec(Protocol):
     """Options that are read off a trained policy, and with them what it reads and produces."""
 
     @property
-    def learns_without_actions(self) -> bool:
-        """As of ChunkConfig."""
-        ...
-
-    @property
     def future(self) -> tuple[int, ...]:
         """As of ChunkConfig."""
         ...

@@ -137,7 +137,7 @@ def fitted(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     left, top = (width - wide) / 2, (height - tall) / 2
     image = Image.fromarray(picture if channels == 3 else picture[..., 0])
     box = (left, top, left + wide, top + tall)
-    found = np.asarray(image.resize(size[::-1], Image.Resampling.BOX, box))
+    found = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BOX, box))
     return found.reshape(*size, channels)
 
 

@@ -64,11 +64,13 @@ class VideoFolder:
     def _episode(self, path: Path) -> Episode:
         pictures = np.stack(list(_pictures(path, self._config.image_size, self._config.hz)))
         length = len(pictures) - 1
-        name = str(path.relative_to(self._root))
-        origin = np.frombuffer(name.encode(), np.uint8), np.array([self._config.hz])
+        name = str(path.relative_to(self._root)).encode(errors="replace")
+        origin = np.frombuffer(name, np.uint8), np.array([self._config.hz])
         return Episode(
             where=str(path),
-            stream=source_stream(f"{self._root.resolve().name}/{name}", *origin, pictures[0]),
+            stream=source_stream(
+                f"{self._root.resolve().name}/{name.decode()}", *origin, pictures[0]
+            ),
             number=0,
             task=self.task,
             observation={self._config.key: pictures},
