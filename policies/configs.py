@@ -63,6 +63,11 @@ class ChunkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     `rsample` of the Gaussian policy)."""
 
     @property
+    def learns_without_actions(self) -> bool:
+        """Whether windows without any label teach it something."""
+        return False
+
+    @property
     def future(self) -> tuple[int, ...]:
         """How many steps after the newest observation those are that the policy learns to predict;
         none, unless it is a world model."""

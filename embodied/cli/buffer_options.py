@@ -90,7 +90,7 @@ ACTIONS: dict[str, tuple[type[msgspec.Struct], str]] = {
     "info": (Info, "what a buffer holds (--json for programs)"),
     "verify": (Verify, "read everything and name what is damaged; status 1 if data are lost"),
     "export": (Export, "complete episodes as a LeRobotDataset v3"),
-    "import": (Import, "episodes of a data set: lerobot, robomimic, pusht_human, recorded, …"),
+    "import": (Import, "episodes of a data set: lerobot, robomimic, videos, recorded, …"),
     "merge": (Merge, "several buffers into one"),
     "split": (Split, "some episodes into a buffer of their own"),
     "compact": (Compact, "give back the space of deleted episodes"),

@@ -147,6 +147,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "recorded": "embodied.buffer.interchange.recorded:RecordedEpisodes",
         "lerobot": "embodied.buffer.interchange.lerobot_import:LeRobotEpisodes",
         "robomimic": "embodied.buffer.interchange.robomimic:RobomimicEpisodes",
+        "videos": "embodied.buffer.interchange.video_folder:VideoFolder",
     },
 }
 """Kind → name → 'module:Class'. Third parties add rows by entry points in `embodied.<kind>`."""

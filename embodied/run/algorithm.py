@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from embodied.buffer.sample.sampling import SamplingConfig
 from embodied.core.config import component, convert, options_of
 from embodied.core.errors import ConfigError
 from embodied.learn.bc import BC
@@ -50,4 +51,23 @@ def check_density(algorithm: BC, policy: ChunkConfig) -> None:
         raise ConfigError(
             f"{type(algorithm).__name__} needs the density of what a policy draws, and this one "
             "has none: choose policy=gaussian, or algorithm=parl, by which any policy learns"
+        )
+
+
+def check_action_free(algorithm: BC, policy: ChunkConfig, sampling: SamplingConfig) -> None:
+    """Raise ConfigError for sources without actions of which policy or critic can learn nothing."""
+    names = [name for name, source in sampling.sources.items() if not source.actions]
+    if not names:
+        return
+    where = f"sampling.sources.{names[0]}.actions=false"
+    if not policy.learns_without_actions:
+        raise ConfigError(
+            f"{where}: this policy learns nothing from steps without actions; choose a world model "
+            "that predicts what will be seen (policy=uwm, or policy=uva with mode video), or leave "
+            "the source out"
+        )
+    if algorithm.critic is not None:
+        raise ConfigError(
+            f"{where}: {type(algorithm).__name__} learns a critic from recorded actions, and that "
+            "source has none; choose algorithm=bc, or another without a critic"
         )

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from embodied.buffer.read.replay import ReplayReader
 from embodied.buffer.sample.sampling import SamplingConfig, check_sampling
 from embodied.buffer.steps.schema import Codecs
 from embodied.buffer.write.retention import Retention
@@ -16,7 +17,7 @@ from embodied.core.registry import unknown
 from embodied.core.specs import DeviceSpec, PolicySpec
 from embodied.learn.config import LearnerConfig
 from embodied.run.actors_options import ActorsConfig
-from embodied.run.algorithm import check_critic, check_density, make_algorithm
+from embodied.run.algorithm import check_action_free, check_critic, check_density, make_algorithm
 from embodied.run.gateway_options import GatewayConfig
 from hal.gpus import one_gpu
 from hal.rewards import make_reward
@@ -170,8 +171,11 @@ def load_train(overrides: list[str]) -> TrainConfig:
 def check(config: TrainConfig) -> TrainConfig:
     """Raise ConfigError for values that contradict each other; return the same configuration."""
     algorithm, name = make_algorithm(config.algorithm), config.algorithm["name"]
-    check_critic(algorithm, _check_policy(config).n_action_steps)
-    check_density(algorithm, core_config.options_of("policies", config.policy, "policy"))
+    spec = _check_policy(config)
+    check_critic(algorithm, spec.n_action_steps)
+    options = core_config.options_of("policies", config.policy, "policy")
+    check_density(algorithm, options)
+    check_action_free(algorithm, options, config.sampling)
     by_person = config.actors.teleoperator is not None
     if by_person and not algorithm.collects:
         raise ConfigError(
@@ -197,7 +201,11 @@ def check(config: TrainConfig) -> TrainConfig:
         )
     if config.run.resume and config.run.dir is None:
         raise ConfigError("run.resume=true needs run.dir: the directory of the run to continue")
-    check_sampling(config.sampling)
+    check_sampling(
+        config.sampling,
+        {k: a for k, a in spec.observation.items() if k != TASK and not k.startswith(GOAL)},
+        lambda path: ReplayReader(path, ram_bytes=config.buffer.ram_mib << 20),
+    )
     expert = config.demonstrations.source == "expert"
     config.gateway.check(config.run.mode, algorithm.collects, config.actors.count, expert)
     config.actors.check(config.run.mode)

@@ -63,6 +63,11 @@ class LoRAConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
         return export_sha256(self.folder)
 
     @property
+    def learns_without_actions(self) -> bool:
+        """As the base."""
+        return self._chunks is not None and self._chunks.learns_without_actions
+
+    @property
     def future(self) -> tuple[int, ...]:
         """The base's."""
         return () if self._chunks is None else self._chunks.future

@@ -54,6 +54,11 @@ class WorldConfig(ChunkConfig, frozen=True, forbid_unknown_fields=True, kw_only=
                 "steps; choose that, or leave temperature at 1"
             )
 
+    @property
+    def learns_without_actions(self) -> bool:
+        """See ChunkConfig: what is seen next, unless that has no weight."""
+        return self.next_weight > 0
+
     def future_keys(self, observation_keys: Iterable[str]) -> tuple[str, ...]:
         """See ChunkConfig; ConfigError if `predicts` names one that the policy does not read."""
         keys = [key for key in observation_keys if key != TASK and not key.startswith(GOAL)]
@@ -178,6 +183,11 @@ class UVAConfig(WorldConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             )
         if len(set(self.modes)) < len(self.modes):
             raise ConfigError(f"modes {list(self.modes)} name one twice")
+
+    @property
+    def learns_without_actions(self) -> bool:
+        """See WorldConfig; by the mode that knows no actions and learns none."""
+        return super().learns_without_actions and "video" in self.modes
 
     @property
     def future(self) -> tuple[int, ...]:

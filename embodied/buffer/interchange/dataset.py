@@ -3,15 +3,20 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Annotated, Protocol
 
+import msgspec
 import numpy as np
+from PIL import Image
 
 from embodied.core.episodes import Step
 from embodied.core.errors import ConfigError, CorruptDataError
 
 MAX_FRAMES = 1_000_000
 """Most frames that one episode of a foreign file may claim."""
+
+Side = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+"""Of a picture, in pixels."""
 
 _NAME_CHARACTERS = 200
 
@@ -121,6 +126,19 @@ def picture_frames(where: str, frames: int, shape: tuple[int, ...]) -> np.ndarra
             f"{where}: {frames} frames of {list(shape)} do not fit into memory; an episode is "
             "imported as a whole"
         ) from None
+
+
+def fitted(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A picture [h, w, c] of 1 or 3 channels at another (height, width), uint8 [*size, c]: the
+    largest window in its centre with these proportions, averaged over areas."""
+    (height, width), channels = picture.shape[:2], picture.shape[2]
+    scale = min(height / size[0], width / size[1])
+    tall, wide = min(scale * size[0], height), min(scale * size[1], width)
+    left, top = (width - wide) / 2, (height - tall) / 2
+    image = Image.fromarray(picture if channels == 3 else picture[..., 0])
+    box = (left, top, left + wide, top + tall)
+    found = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BOX, box))
+    return found.reshape(*size, channels)
 
 
 def source_stream(name: str, *arrays: np.ndarray) -> str:

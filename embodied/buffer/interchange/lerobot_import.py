@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from embodied.buffer.interchange import lerobot, lerobot_tables
-from embodied.buffer.interchange.dataset import Episode, last_step, source_stream
+from embodied.buffer.interchange.dataset import Episode, Side, fitted, last_step, source_stream
 from embodied.buffer.interchange.lerobot_tables import EpisodeRow
 from embodied.buffer.interchange.video import VideoFile
 from embodied.core.episodes import Step
@@ -33,15 +33,17 @@ class LeRobotEpisodes:
 
     class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """path: folder with meta/, data/, videos/. task: name to give to its episodes; None: the
-        data set's own. only_tasks: take these of its tasks alone. observation: keys to take; None:
-        all that begin with "observation". final: see above. expert: whether all actions are an
-        expert's where the data set does not say. success: whether every episode succeeded where
-        the data set does not say."""
+        data set's own. only_tasks: take these of its tasks alone. observation: keys to take, or
+        these and their names here; None: all that begin with "observation". image_size: [height,
+        width] of all pictures (see `fitted`); None: their own. final: see above. expert: whether
+        all actions are an expert's where the data set does not say. success: whether every episode
+        succeeded where the data set does not say."""
 
         path: str
         task: str | None = None
         only_tasks: tuple[str, ...] = ()
-        observation: tuple[str, ...] | None = None
+        observation: tuple[str, ...] | dict[str, str] | None = None
+        image_size: tuple[Side, Side] | None = None
         final: Literal["auto", "last_frame", "repeat"] = "auto"
         expert: bool = True
         success: bool = False
@@ -55,6 +57,10 @@ class LeRobotEpisodes:
             self._note = lerobot.read_json(self._root / lerobot.NOTE, lerobot.Note)
         features = self._info.features
         self._keys = self._observation_keys(features)
+        chosen = config.observation
+        self._names: dict[str, str] = chosen if isinstance(chosen, dict) else {}
+        if len(set(self._names.values())) < len(self._names):
+            raise ConfigError(f"observation={self._names} gives one name to two keys")
         self._videos = {key: features[key] for key in self._keys if features[key].dtype == "video"}
         self._columns = [key for key in (*self._keys, "action") if key not in self._videos]
         known = (lerobot.REWARD, lerobot.DONE, lerobot.FINAL, *lerobot.STEP_COLUMNS.values())
@@ -186,10 +192,13 @@ class LeRobotEpisodes:
         repeat = self._repeats(flat, where)
         length = row.length if repeat else row.length - 1
         steps = slice(0, length)
-        observation = {}
+        observation: dict[str, np.ndarray] = {}
         for key in self._keys:
             array = self._restored(key, arrays[key])
-            observation[key] = np.concatenate([array, array[-1:]]) if repeat else array
+            if self._config.image_size is not None and self._info.features[key].is_image:
+                array = np.stack([fitted(picture, self._config.image_size) for picture in array])
+            array = np.concatenate([array, array[-1:]]) if repeat else array
+            observation[self._names.get(key, key)] = array
         noted = [] if self._note is None else self._note.episodes
         note = noted[row.index] if row.index < len(noted) else None
         values = {

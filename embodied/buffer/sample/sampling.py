@@ -9,11 +9,13 @@ import msgspec
 
 from embodied.buffer.log.segments import list_segments
 from embodied.buffer.read.replay import ReplayReader
+from embodied.buffer.sample.action_free import ActionFreeReader
 from embodied.buffer.sample.draws import DrawStrategy
-from embodied.buffer.sample.samplers import Sampler, Select, WindowSampler, WindowSpec
+from embodied.buffer.sample.samplers import Sampler, Select, WindowSampler, WindowSpec, select_all
 from embodied.buffer.sample.sources import MixtureSampler
 from embodied.core.config import component
 from embodied.core.errors import ConfigError
+from embodied.core.specs import ArraySpec
 
 OWN = "own"
 """The source that the run itself records; its parts, if it has several, are named OWN.PART."""
@@ -33,11 +35,14 @@ class SourceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Data recorded earlier, which stay as they are.
 
     path: a buffer's folder, or a run's. ratio: its part of every batch, relative to the others'.
-    draw: see SamplingConfig.
+    actions: whether what was done is learned from; without, all steps of all complete episodes
+    show what is seen, and their actions, whatever robot's, are no labels. draw: see
+    SamplingConfig.
     """
 
     path: str
     ratio: float = 1.0
+    actions: bool = True
     draw: dict[str, Any] = msgspec.field(default_factory=lambda: {"name": "uniform"})
 
 
@@ -60,12 +65,43 @@ class SamplingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
                 )
 
 
-def check_sampling(config: SamplingConfig) -> None:
-    """Raise ConfigError for what open_sampling would refuse, as far as it shows before."""
+def check_sampling(
+    config: SamplingConfig,
+    observed: Mapping[str, ArraySpec],
+    open_reader: Callable[[Path], ReplayReader],
+) -> None:
+    """Raise ConfigError for what open_sampling would refuse, as far as it shows before.
+
+    observed: what the policy reads of the robot, which every source must have.
+    """
     _make_draw(config.draw, "sampling.draw")
     for name, source in config.sources.items():
-        _make_draw(source.draw, f"sampling.sources.{name}.draw")
-        _buffer_folder(source, name)
+        where = f"sampling.sources.{name}"
+        _make_draw(source.draw, f"{where}.draw")
+        with open_reader(_buffer_folder(source, name)) as reader:
+            reader.refresh()
+            _check_observed(reader, observed, where)
+
+
+def _check_observed(reader: ReplayReader, observed: Mapping[str, ArraySpec], where: str) -> None:
+    recorded = {feature.name for schema in reader.schemas for feature in schema.observation}
+    if missing := [key for key in observed if key not in recorded]:
+        common = [key for key in observed if key in recorded]
+        choice = (
+            f"observations=[{', '.join(common)}] makes it read what both have"
+            if common
+            else f"the source has {', '.join(sorted(recorded)) or 'nothing'}"
+        )
+        raise ConfigError(
+            f"{where} lacks {', '.join(missing)}, which the policy is to read; {choice}"
+        )
+    for key, array in observed.items():
+        feature = reader.feature(key)
+        if (feature.dtype, feature.shape) != (array.dtype, array.shape):
+            raise ConfigError(
+                f"{where}: {key} is {feature} there and {array.dtype} {list(array.shape)} of the "
+                "robot; sources must agree with it"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +127,9 @@ def open_sampling(
 ) -> Sampling:
     """The sampler over the run's reader and all sources, as these are now.
 
-    own: names and parts of what the run records; of further sources the first part's steps are
-    taken. instruction: see WindowSampler. Raises ConfigError for an unknown strategy, wrong
-    options, or a source without data.
+    own: names and parts of what the run records; of further sources with actions the first part's
+    steps are taken. instruction: see WindowSampler. Raises ConfigError for an unknown strategy,
+    wrong options, or a source without data.
     """
     samplers = {
         name: WindowSampler(
@@ -118,11 +154,14 @@ def open_sampling(
             found = open_reader(_buffer_folder(source, name))
             readers.append(found)
             found.refresh()
-            samplers[name] = WindowSampler(found, spec, select, draw, instruction=instruction)
+            steps = found if source.actions else ActionFreeReader(found, reader)
+            chosen = select if source.actions else select_all
+            samplers[name] = WindowSampler(steps, spec, chosen, draw, instruction=instruction)
             if samplers[name].num_candidates == 0:
                 raise ConfigError(
                     f"{where}: of {found.num_closed} episodes in {source.path} no step is selected "
-                    "for learning; failed episodes need algorithm.only_successful=false"
+                    "for learning; failed episodes need algorithm.only_successful=false, and what "
+                    "nobody demonstrated actions=false"
                 )
             ratios[name] = source.ratio
         optional = [name for name, part in own.items() if part.optional]

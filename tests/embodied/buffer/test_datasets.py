@@ -11,6 +11,8 @@ from embodied.buffer.serve.sink import LocalBuffer
 from embodied.core import config, registry
 
 PUSHT = Path(__file__).parents[2] / "data" / "pusht_three_episodes.npz"
+NEEDS = {"videos": {"key": "observation.images.top", "image_size": (16, 16), "hz": 10}}
+"""Options that a data set must be given, by its name."""
 
 
 @pytest.fixture
@@ -25,6 +27,11 @@ def source(tmp_path, make_episode):
             return robomimic_file.write(path)
         if name == "lerobot":
             return lerobot_v3.write(path, video=True)
+        if name == "videos":
+            for number in range(2):
+                frames = [lerobot_v3.picture(number, frame) for frame in range(4)]
+                lerobot_v3.encode(path / f"{number}.mp4", frames, fps=10)
+            return path
         with LocalBuffer(path) as buffer:
             for number in range(2):
                 for step in make_episode("r0", number):
@@ -36,7 +43,7 @@ def source(tmp_path, make_episode):
 
 @pytest.mark.parametrize("name", registry.names("datasets"))
 def test_whole_episodes_in_one_order_under_names_of_their_own(name, source):
-    options = {"name": name, "path": str(source(name))}
+    options = {"name": name, "path": str(source(name)), **NEEDS.get(name, {})}
     made, typed = config.component("datasets", options, "dataset")
     first, again = (list(made(typed).episodes()) for _ in range(2))
     assert len(first) >= 2 and isinstance(made(typed).task, str)

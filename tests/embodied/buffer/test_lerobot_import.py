@@ -165,6 +165,19 @@ def test_observations_can_be_chosen(tmp_path):
         opened(root, observation=("observation.stat",))
 
 
+def test_cameras_can_be_named_and_sized_as_the_robots(tmp_path):
+    root = lerobot_v3.write(tmp_path / "set", video=True)
+    state, front = "observation.state", "observation.images.front"
+    named = {lerobot_v3.VIDEO: front, state: state}
+    first, _ = read(root, observation=named, image_size=(16, 16))
+    assert first[2].observation.keys() == {front, state}
+    picture = first[2].observation[front].astype(int)
+    assert picture.shape == (16, 16, 3) and abs(picture[..., 0].mean() - 50) < 8
+    assert picture[:7, :7, 2].min() > 150 and picture[9:, 9:, 2].max() < 60
+    with pytest.raises(ConfigError, match="one name to two keys"):
+        opened(root, observation=dict.fromkeys(named, front))
+
+
 def test_a_note_of_ours_gives_streams_shapes_and_seeds_back(tmp_path):
     note = {
         "format": 1,
