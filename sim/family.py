@@ -119,6 +119,12 @@ def task_for(name: str, config: SimConfig, operator: Operator | None) -> Task:
     return family.make_task(task, config, **options)
 
 
+def expert_for(name: str, spec: DeviceSpec) -> Expert | None:
+    """A scripted supervisor for the task of this name, if there is one."""
+    family, task = find(name)
+    return family.make_expert(task, spec)
+
+
 def task_names() -> list[str]:
     """Full names of all tasks of every family whose simulator is installed."""
     found: list[str] = []
