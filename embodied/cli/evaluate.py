@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     evaluator = Evaluators(tasks, sim, rows=min(config.rows, config.episodes))
     try:
         if config.videos:
-            evaluator.check_films()
+            evaluator.of(tasks[0]).group.devices[0].render(16, 16)  # says if OpenGL is missing
         with Progress(console=console) as progress:
             bar = progress.add_task(label_of(task), total=config.episodes * len(tasks))
             results = evaluator.run(
@@ -69,8 +69,11 @@ def _print(summary: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         console.print(msgspec.json.encode(summary).decode(), markup=False, soft_wrap=True)
         return
+    from embodied.run.tasks import label_of
+
     several = summary.get("tasks", {})
-    for name, part in [*several.items(), ("all tasks" if several else summary["task"], summary)]:
+    total = "all tasks" if several else label_of(summary["task"])
+    for name, part in [*several.items(), (total, summary)]:
         low, high = part["success_interval"]
         console.print(
             f"{name}: success {part['successes']}/{part['episodes']} = "

@@ -106,17 +106,22 @@ class Evaluator:
 
 
 class Evaluators:
-    """An evaluator for each of a run's tasks; they take their turns."""
+    """An evaluator for each of a run's tasks; they take their turns. The first is made at once, so
+    that a simulator that does not work is found out, the others when they are needed."""
 
     def __init__(self, tasks: Sequence[str], sim: SimConfig, *, rows: int) -> None:
         """rows: simulated robots of each task."""
-        self._tasks: dict[str, Evaluator] = {}
-        try:
-            for task in tasks:
-                self._tasks[task] = Evaluator(task, sim, rows=rows)
-        except BaseException:
-            self.close()
-            raise
+        self._tasks = tasks
+        self._sim = sim
+        self._rows = rows
+        self._made: dict[str, Evaluator] = {}
+        self.of(tasks[0])
+
+    def of(self, task: str) -> Evaluator:
+        """The evaluator of one of the tasks."""
+        if task not in self._made:
+            self._made[task] = Evaluator(task, self._sim, rows=self._rows)
+        return self._made[task]
 
     def run(
         self,
@@ -130,8 +135,8 @@ class Evaluators:
     ) -> list[Result]:
         """One episode of each task from each start state; films by task. See Evaluator."""
         results: list[Result] = []
-        for task, evaluator in self._tasks.items():
-            results += evaluator.run(
+        for task in self._tasks:
+            results += self.of(task).run(
                 policy,
                 version,
                 seeds,
@@ -144,16 +149,11 @@ class Evaluators:
     @property
     def film_fault(self) -> str | None:
         """Why a film could not be made, if so."""
-        return next((e.film_fault for e in self._tasks.values() if e.film_fault), None)
-
-    def check_films(self) -> None:
-        """Draw a picture: says at once if OpenGL is missing."""
-        for evaluator in self._tasks.values():
-            evaluator.group.devices[0].render(16, 16)
+        return next((e.film_fault for e in self._made.values() if e.film_fault), None)
 
     def close(self) -> None:
         """Close the simulated robots."""
-        for evaluator in self._tasks.values():
+        for evaluator in self._made.values():
             evaluator.close()
 
 
