@@ -33,24 +33,30 @@ class SimConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     cameras: names of the simulator's cameras to observe. image_size: pixels, square.
     shadows: draw shadows and reflections (several times slower in software).
-    horizon: ticks until truncation; None takes the family's.
+    horizon: ticks until truncation; None takes the family's. picture_ticks: from one picture to the
+    next; in between the last one stays, as of a camera that is slower than its robot.
     """
 
     cameras: tuple[str, ...] = ()
     image_size: int = 96
     shadows: bool = False
     horizon: int | None = None
+    picture_ticks: int = 1
 
     def __post_init__(self) -> None:
         if not 16 <= self.image_size <= 1024:
             raise ConfigError(f"sim.image_size is {self.image_size}; use 16 to 1024 pixels")
         if self.horizon is not None and self.horizon < 1:
             raise ConfigError(f"sim.horizon is {self.horizon}; it must be at least 1 tick")
+        if self.picture_ticks < 1:
+            raise ConfigError(f"sim.picture_ticks is {self.picture_ticks}; it must be at least 1")
 
-    def picture_specs(self) -> dict[str, ArraySpec]:
-        """Specs of the camera observations, by key."""
+    def picture_specs(self, tick_hz: float) -> dict[str, ArraySpec]:
+        """Specs of the camera observations of a robot with so many ticks a second, by key."""
         shape = (self.image_size, self.image_size, 3)
-        return {picture_key(camera): ArraySpec(shape, "uint8") for camera in self.cameras}
+        rate_hz = tick_hz / self.picture_ticks if self.picture_ticks > 1 else None
+        spec = ArraySpec(shape, "uint8", rate_hz=rate_hz)
+        return {picture_key(camera): spec for camera in self.cameras}
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,12 @@ def task_for(name: str, config: SimConfig, operator: Operator | None) -> Task:
     takes_operator = "operator" in inspect.signature(family.make_task).parameters
     options: dict[str, Any] = {"operator": operator} if takes_operator else {}
     return family.make_task(task, config, **options)
+
+
+def expert_for(name: str, spec: DeviceSpec) -> Expert | None:
+    """A scripted supervisor for the task of this name, if there is one."""
+    family, task = find(name)
+    return family.make_expert(task, spec)
 
 
 def task_names() -> list[str]:

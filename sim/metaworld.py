@@ -9,9 +9,9 @@ import numpy as np
 from embodied.core.frames import Observation
 from embodied.core.specs import ArraySpec, DeviceSpec
 from embodied.core.tasks import Expert
-from hal.cameras import picture_key
 from sim import rendering
 from sim.family import SimConfig, SimTask, require
+from sim.pictures import Pictures
 
 _TICK_HZ = 80.0
 _HORIZON = 250
@@ -64,7 +64,7 @@ class MetaWorldDriver:
             observation={
                 "observation.state": ArraySpec((4,), names=_STATE),
                 "observation.environment_state": ArraySpec((35,)),
-                **config.picture_specs(),
+                **config.picture_specs(_TICK_HZ),
             },
             action=ArraySpec((4,), low=(-1.0,), high=(1.0,), names=("dx", "dy", "dz", "gripper")),
             tick_hz=_TICK_HZ,
@@ -72,6 +72,7 @@ class MetaWorldDriver:
         )
         self._task = task
         self._config = config
+        self._pictures = Pictures(config, self._picture)
         self._env: Any = None
         self._cameras: rendering.Cameras | None = None
         self._action_D = np.zeros(4, np.float32)
@@ -95,6 +96,7 @@ class MetaWorldDriver:
         self.reset(0)
 
     def reset(self, seed: int) -> None:
+        self._pictures.begin()
         self._env.seed(seed)
         self._raw, _ = self._env.reset()
         self._signals = {"reward": 0.0, "success": 0.0}
@@ -106,10 +108,7 @@ class MetaWorldDriver:
             "observation.state": raw[:4],
             "observation.environment_state": raw[4:],
         }
-        for camera in self._config.cameras:
-            size = self._config.image_size
-            observation[picture_key(camera)] = self._picture(camera, size, size)
-        return observation
+        return {**observation, **self._pictures.observe()}
 
     def drive(self, action_D: np.ndarray) -> None:
         self._action_D = action_D
@@ -118,6 +117,7 @@ class MetaWorldDriver:
         self._action_D = np.array([0, 0, 0, self._action_D[3]], np.float32)
 
     def step_time(self) -> None:
+        self._pictures.step()
         self._raw, reward, _, _, info = self._env.step(self._action_D)
         self._signals = {"reward": float(reward), "success": float(info["success"])}
 

@@ -15,6 +15,7 @@ from embodied.core.seeds import make_rng
 from embodied.core.specs import ArraySpec, DeviceSpec
 from embodied.core.tasks import Expert
 from sim.family import SimConfig, SimTask
+from sim.pictures import Pictures
 
 _TICK_HZ = 20.0
 _HORIZON = 80
@@ -60,18 +61,18 @@ class PointMassDriver:
         signals=("reward", "success"),
     )
 
-    _pictures: Mapping[str, ArraySpec] = {}
-
     def __init__(self, config: SimConfig) -> None:
-        self._pictures = config.picture_specs()
+        self._pictures = Pictures(config, lambda _, width, height: self.render(width, height))
+        pictures = config.picture_specs(_TICK_HZ)
         self.spec = msgspec.structs.replace(
-            self.spec, observation={**self.spec.observation, **self._pictures}
+            self.spec, observation={**self.spec.observation, **pictures}
         )
 
     def open(self) -> None:
         self.reset(0)
 
     def reset(self, seed: int) -> None:
+        self._pictures.begin()
         rng = make_rng(seed, "pointmass")
         self._position, self._goal = rng.uniform(-1, 1, (2, 2))
         self._action_D = np.zeros(2)
@@ -80,7 +81,7 @@ class PointMassDriver:
         return {
             "observation.state": self._position.astype(np.float32),
             "observation.environment_state": self._goal.astype(np.float32),
-            **{key: self.render(*array.shape[:2]) for key, array in self._pictures.items()},
+            **self._pictures.observe(),
         }
 
     def drive(self, action_D: np.ndarray) -> None:
@@ -90,6 +91,7 @@ class PointMassDriver:
         self._action_D = np.zeros(2)
 
     def step_time(self) -> None:
+        self._pictures.step()
         self._position = self._position + _STEP_M * self._action_D
 
     def signals(self) -> dict[str, float]:

@@ -9,9 +9,9 @@ import numpy as np
 from embodied.core.errors import ConfigError, MissingDependencyError
 from embodied.core.frames import Observation
 from embodied.core.specs import ArraySpec, DeviceSpec
-from hal.cameras import picture_key
 from sim import rendering
 from sim.family import SimConfig, SimTask, require
+from sim.pictures import Pictures
 
 _TICK_HZ = 10.0
 _HORIZON = 300
@@ -60,13 +60,13 @@ class PushTDriver:
                 "observation.environment_state": ArraySpec(
                     (4,), unit="px", names=("block_x", "block_y", "block_sin", "block_cos")
                 ),
-                **config.picture_specs(),
+                **config.picture_specs(_TICK_HZ),
             },
             action=ArraySpec((2,), low=(0.0,), high=(_SIDE,), unit="px", names=("x", "y")),
             tick_hz=_TICK_HZ,
             signals=("reward", "success", "coverage"),
         )
-        self._config = config
+        self._pictures = Pictures(config, lambda _, width, height: self.render(width, height))
         self._env: Any = None
         self._target = np.zeros(2, np.float32)
         self._signals: dict[str, float] = {}
@@ -100,6 +100,7 @@ class PushTDriver:
         self._settle()
 
     def _settle(self) -> None:
+        self._pictures.begin()
         self._target = np.array(self._env.agent.position, np.float32)
         self._signals = {
             "reward": 0.0,
@@ -115,10 +116,7 @@ class PushTDriver:
                 block.position.x, block.position.y, math.remainder(block.angle, math.tau)
             ),
         }
-        if self._config.cameras:
-            size = self._config.image_size
-            observation[picture_key(_CAMERA)] = self.render(size, size)
-        return observation
+        return {**observation, **self._pictures.observe()}
 
     def drive(self, action_D: np.ndarray) -> None:
         self._target = action_D
@@ -127,6 +125,7 @@ class PushTDriver:
         """Keep the last target: the end effector comes to rest there."""
 
     def step_time(self) -> None:
+        self._pictures.step()
         _, reward, success, _, info = self._env.step(self._target.astype(np.float64))
         self._signals = {
             "reward": float(reward),

@@ -10,9 +10,9 @@ import numpy as np
 from embodied.core.frames import Observation
 from embodied.core.specs import ArraySpec, DeviceSpec
 from embodied.core.tasks import Expert
-from hal.cameras import picture_key
 from sim import rendering
 from sim.family import SimConfig, SimTask, require
+from sim.pictures import Pictures
 from sim.robosuite_experts import EXPERTS, seed_reset, seeded_numpy
 
 _TICK_HZ = 20.0
@@ -70,7 +70,7 @@ class RobosuiteDriver:
             observation={
                 "observation.state": _vector(_PROPRIOCEPTION),
                 "observation.environment_state": _vector(self._objects),
-                **config.picture_specs(),
+                **config.picture_specs(_TICK_HZ),
             },
             action=ArraySpec((7,), low=(-1.0,), high=(1.0,), names=_ACTION),
             tick_hz=_TICK_HZ,
@@ -78,6 +78,7 @@ class RobosuiteDriver:
         )
         self._task = task
         self._config = config
+        self._pictures = Pictures(config, self._picture)
         self._env: Any = None
         self._cameras: rendering.Cameras | None = None
         self._raw: dict[str, np.ndarray] = {}
@@ -111,6 +112,7 @@ class RobosuiteDriver:
         self.reset(0)
 
     def reset(self, seed: int) -> None:
+        self._pictures.begin()
         self._raw = seed_reset(self._env, seed)
         self._action_D = np.zeros(7, np.float32)
         self._signals = {"reward": 0.0, "success": 0.0}
@@ -120,10 +122,7 @@ class RobosuiteDriver:
             "observation.state": _pack(self._raw, _PROPRIOCEPTION),
             "observation.environment_state": _pack(self._raw, self._objects),
         }
-        for camera in self._config.cameras:
-            size = self._config.image_size
-            observation[picture_key(camera)] = self._picture(camera, size, size)
-        return observation
+        return {**observation, **self._pictures.observe()}
 
     def drive(self, action_D: np.ndarray) -> None:
         self._action_D = action_D
@@ -132,6 +131,7 @@ class RobosuiteDriver:
         self._action_D = np.array([0, 0, 0, 0, 0, 0, self._action_D[6]], np.float32)
 
     def step_time(self) -> None:
+        self._pictures.step()
         self._raw, reward, _, _ = self._env.step(self._action_D.astype(np.float64))
         self._signals = {"reward": float(reward), "success": float(self._env._check_success())}
 

@@ -104,7 +104,7 @@ def main() -> None:
     write_site(run, description)
     with LocalBuffer(run.buffer, segment_bytes=16 << 20) as sink:
         link = HostLink(run, description, site.root)
-        robot = Robot(sink, device_spec(config), f"{name}/actor0.robot0", config.task)
+        robot = Robot(sink, device_spec(config), f"{name}/actor0.robot0", config.tasks[0])
         try:
             _serve(run, link, robot, sink, ended)
         finally:

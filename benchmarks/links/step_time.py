@@ -27,7 +27,7 @@ class Learning:
         self._run.write_config(config)
         self._run.event("run started")
         output = f"output={folder}/demonstrations"
-        episodes = [f"task={config.task}", f"demonstrations.episodes={EPISODES}", output]
+        episodes = [f"task={config.tasks[0]}", f"demonstrations.episodes={EPISODES}", output]
         with build.make_local_buffer(self._run, config) as sink:
             collect(convert(compose("collect", episodes), CollectConfig), sink)
         self.interval = config.learner.publish_every

@@ -70,7 +70,7 @@ def judge(run: RunDir, kept: Path, seeds: range, averaged: int = 0) -> Judged:
         if averaged
         else ActingPolicy(policy, InferenceConfig(), rows=ROWS)
     )
-    evaluator = Evaluator(config.task, config.sim, rows=ROWS)
+    evaluator = Evaluator(config.tasks[0], config.sim, rows=ROWS)
     try:
         results = evaluator.run(acting, version, seeds)
     finally:

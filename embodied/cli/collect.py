@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("demonstrations.source is 'none': there is nothing to collect")
     with LocalBuffer(Path(config.output)) as sink, Progress(console=console) as progress:
         if config.demonstrations.source == "dataset":
-            imported = build.import_demonstrations(sink, config.demonstrations, config.task)
+            imported = build.import_demonstrations(sink, config.demonstrations, [config.task])
             episodes, steps = imported or (0, 0)
             console.print(f"imported {episodes} episodes, {steps} steps → {config.output}")
             return 0

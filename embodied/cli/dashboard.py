@@ -41,7 +41,7 @@ class Dashboard:
         learner = roles.get("learner", {})
         actors = [values for name, values in roles.items() if name.startswith("actor")]
         details: dict[str, tuple[float, str]] = {}
-        wanted = self._config.demonstrations.episodes
+        wanted = len(self._config.tasks) * (self._config.demonstrations.episodes or 0)
         if self._config.demonstrations.source == "expert" and wanted:
             found = wanted if learner.get("step") else int(learner.get("demonstrations") or 0)
             details["demonstrations"] = (found / wanted, f"{found} of {wanted} episodes")

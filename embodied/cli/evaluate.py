@@ -20,8 +20,10 @@ def run(options: argparse.Namespace) -> int:
     from embodied.core import config as core_config
     from embodied.core.errors import ConfigError
     from embodied.core.files import write_atomic
+    from embodied.run.build import films_of
     from embodied.run.config import EvalConfig
-    from embodied.run.evaluate import Evaluator, summarise
+    from embodied.run.evaluate import Evaluators, summarise_tasks
+    from embodied.run.tasks import label_of, names_of
     from sim.family import EVALUATION_SEEDS
 
     config = core_config.convert(core_config.compose("eval", options.overrides), EvalConfig)
@@ -38,20 +40,21 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("videos need a folder: set output=...")
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-    films = {s: (output or Path()) / f"seed{s}.mp4" for s in seeds[: config.videos]}
+    tasks = names_of(task)
+    films = films_of(tasks, seeds[: config.videos], output or Path())
     console = Console(stderr=True, highlight=False)
-    evaluator = Evaluator(task, sim, rows=min(config.rows, config.episodes))
+    evaluator = Evaluators(tasks, sim, rows=min(config.rows, config.episodes))
     try:
-        if films:
-            evaluator.group.devices[0].render(16, 16)  # says at once if OpenGL is missing
+        if config.videos:
+            evaluator.of(tasks[0]).group.devices[0].render(16, 16)  # says if OpenGL is missing
         with Progress(console=console) as progress:
-            bar = progress.add_task(task, total=config.episodes)
+            bar = progress.add_task(label_of(task), total=config.episodes * len(tasks))
             results = evaluator.run(
                 policy, version, seeds, films=films, on_result=lambda _: progress.advance(bar)
             )
     finally:
         evaluator.close()
-    summary: dict[str, Any] = {"task": task, "version": version, **summarise(results)}
+    summary: dict[str, Any] = {"task": task, "version": version, **summarise_tasks(results)}
     if output is not None:
         rows = [msgspec.to_builtins(result) for result in results]
         write_atomic(
@@ -66,11 +69,17 @@ def _print(summary: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         console.print(msgspec.json.encode(summary).decode(), markup=False, soft_wrap=True)
         return
-    low, high = summary["success_interval"]
-    console.print(
-        f"{summary['task']}: success {summary['successes']}/{summary['episodes']} = "
-        f"{100 * summary['success_rate']:.1f} % (95 % interval {100 * low:.1f} to {100 * high:.1f})"
-    )
+    from embodied.run.tasks import label_of
+
+    several = summary.get("tasks", {})
+    total = "all tasks" if several else label_of(summary["task"])
+    for name, part in [*several.items(), (total, summary)]:
+        low, high = part["success_interval"]
+        console.print(
+            f"{name}: success {part['successes']}/{part['episodes']} = "
+            f"{100 * part['success_rate']:.1f} % "
+            f"(95 % interval {100 * low:.1f} to {100 * high:.1f})"
+        )
     for signal in ("reward", "coverage"):
         if f"max_{signal}" in summary:
             low, high = summary[f"max_{signal}_interval"]
@@ -78,8 +87,8 @@ def _print(summary: dict[str, Any], *, as_json: bool) -> None:
             console.print(f"mean greatest {signal} {mean:.3f} ({low:.3f} to {high:.3f})")
 
 
-def _load(config: Any) -> tuple[Any, int, str, Any]:
-    """Policy, version, task and simulation settings of a checkpoint folder or a run directory."""
+def _load(config: Any) -> tuple[Any, int, Any, Any]:
+    """Policy, version, tasks and simulation settings of a checkpoint folder or a run directory."""
     from embodied.core.errors import ConfigError
     from embodied.run.build import deciding_policy
     from sim.family import SimConfig

@@ -49,7 +49,7 @@ def _contents(run: RunDir) -> dict[str, Any]:
     learner = _latest_by_step(run.read("metrics", "learner"))
     actors = {s: run.read("metrics", s) for s in run.streams("metrics") if s.startswith("actor")}
     return {
-        "title": f"{config['task']} · {config['algorithm']['name']} · {config['policy']['name']}",
+        "title": f"{_tasks(config)} · {config['algorithm']['name']} · {config['policy']['name']}",
         "config": config,
         "evaluations": evaluations,
         "events": run.events(),
@@ -62,6 +62,11 @@ def _contents(run: RunDir) -> dict[str, Any]:
         if evaluations and "max_coverage" in evaluations[0]
         else "max_reward",
     }
+
+
+def _tasks(config: dict[str, Any]) -> str:
+    task: str | list[str] = config["task"]
+    return task if isinstance(task, str) else ", ".join(task)
 
 
 def control_figures(run: RunDir) -> list[tuple[str, str]]:

@@ -21,6 +21,7 @@ def run(options: argparse.Namespace) -> int:
     from embodied.core import config as core_config
     from embodied.run.site.config import SiteConfig
     from embodied.run.site.host import run_site
+    from embodied.run.tasks import label_of
 
     composed = core_config.compose("site", options.overrides)
     config = core_config.convert(composed, SiteConfig)
@@ -28,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     said = _Lines(console)
 
     def joined(run: Any, theirs: Any) -> None:
-        console.print(f"acting for {run.path.name}: {theirs.task}  →  {_short(run.path)}")
+        console.print(f"acting for {run.path.name}: {label_of(theirs.task)}  →  {_short(run.path)}")
 
     found = run_site(config, stop_signals(), said.waiting, joined, said.roles)
     if found is None:

@@ -53,10 +53,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _run(run: RunDir, config: Any, console: Console) -> int:
+    from embodied.run.tasks import label_of
+
     started_s = time.monotonic()
     console.print(
-        f"[bold]{config.task}[/]  {config.algorithm['name']}  {_policy_name(config.policy)}"
-        f"  →  {_short(run.path)}"
+        f"[bold]{label_of(config.task)}[/]  {config.algorithm['name']}  "
+        f"{_policy_name(config.policy)}  →  {_short(run.path)}"
     )
     _explain_keys(config, console)
     interrupted = False
@@ -120,7 +122,9 @@ def _directory(config: Any) -> Path:
     if config.run.dir is not None:
         return Path(config.run.dir)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path(config.run.root) / f"{config.task.replace('/', '-')}-{stamp}"
+    first, *others = (task.replace("/", "-") for task in config.tasks)
+    name = f"{first}-and-{len(others)}-more" if others else first
+    return Path(config.run.root) / f"{name}-{stamp}"
 
 
 def _policy_name(policy: dict[str, Any]) -> str:

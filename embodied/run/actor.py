@@ -13,10 +13,12 @@ from embodied.buffer.serve.sink import StepSink
 from embodied.buffer.spool.names import stream_name
 from embodied.core.episodes import Step
 from embodied.core.errors import DeviceLostError, EmbodiedError, LeaseError, LinkError
+from embodied.core.frames import Observation
 from embodied.core.protocols import Policy
 from embodied.core.seeds import make_rng
 from embodied.run.algorithm import make_algorithm
 from embodied.run.config import TrainConfig
+from embodied.run.demonstrating import demonstrations_of
 from embodied.run.fitting import fit_to
 from embodied.run.goals import ExpertGoals
 from embodied.run.handover import obey, shared_rollout
@@ -25,6 +27,7 @@ from embodied.run.remote.policy import RemotePolicy, connect
 from embodied.run.renewal import Renewal
 from embodied.run.robots import LeasedRobots, Robots, SimulatedRobots
 from embodied.run.rollout import Result, Rollout, Start
+from embodied.run.tasks import device_of, robot_task
 from embodied.weights.store import WeightManifest, WeightStore, WeightWatcher
 from embodied.weights.trial import Trial
 from hal.group import DeviceGroup
@@ -33,7 +36,6 @@ from hal.teleop.asking import PersonStopped
 from hal.teleop.session import Session, make_session
 from sim import family
 
-_ATTEMPTS_PER_DEMONSTRATION = 5
 _CONNECT_EVERY_S = 1.0
 _CONNECT_S = 5.0
 
@@ -74,9 +76,9 @@ class Actor:
         tick does not depend on the machine. refusal: why no episode may begin while a version
         acts, "" if one may. meanwhile: called again and again while a person's answer is waited
         for."""
-        self._family, self._task = family.find(config.task)
         rows = config.actors.rows
         self._config = config
+        self._tasks = [robot_task(config.tasks, index, row, rows) for row in range(rows)]
         self._streams = streams_of(config, index, host)
         prepare_reward(config.reward)
         self._algorithm = make_algorithm(config.algorithm)
@@ -91,20 +93,16 @@ class Actor:
         if config.actors.devices is None:
             self.robots = SimulatedRobots(config, index, speed, holder)
         else:
-            spec = self._family.make_driver(self._task, config.sim).spec
+            spec = device_of(self._tasks, config.sim)
             leased = self.robots = LeasedRobots(config.actors.devices, holder, spec)
             self._session = self._person(leased.halt)
         self._recorders = [Recorder(sink, stream) for stream in self._streams]
         self._begun = [sink.next_episode(stream) for stream in self._streams]
-        self._wanted = self._share(index)
-        self._demonstrated = 0
-        self._attempts = 0
-        self._longest_ticks = 0
-        self._in_hand = [False] * rows
+        self._demonstrations = demonstrations_of(config, index)
         offered = partial(Trial(weights).offered, f"actor{index}")
         self._watcher = WeightWatcher(weights, choose=offered)
         self._published_ns = 0
-        self._goals = ExpertGoals(config.task, config.sim)
+        self._goals = {task: ExpertGoals(task, config.sim) for task in self._tasks}
         self._policy: Any = None
         self._renewal: Renewal | None = None
         if background and (config.inference.remote is None or config.inference.fallback):
@@ -125,15 +123,17 @@ class Actor:
     @property
     def demonstrating(self) -> bool:
         """Whether this actor still owes demonstrations."""
-        return self._demonstrated < self._wanted
+        return any(shared.owed for shared in self._demonstrations)
 
     def recall(self, reader: ReplayReader) -> None:
         """After a restart: count the demonstrations that are recorded already."""
         reader.refresh()
+        rows = {stream: row for row, stream in enumerate(self._streams)}
         for episode in reader.episodes:
-            if episode.stream in self._streams and episode.closed:
-                ticks = len(episode.rows)
-                self._note(episode.interventions == ticks, episode.success, ticks)
+            ticks = len(episode.rows)
+            if episode.closed and episode.interventions == ticks and episode.stream in rows:
+                shared = self._demonstrations[rows[episode.stream]]
+                shared.note(success=episode.success, ticks=ticks)
 
     def poll_weights(self) -> bool:
         """Take the newest published weights, if there are newer ones, and connect to the policy
@@ -221,7 +221,7 @@ class Actor:
         self.robots.report()
         try:
             if self._session is not None and obey(self._session, self.rollout):
-                self._in_hand = [False] * len(self._in_hand)
+                self._leave()
             rollout = self._ready()
             results = [] if rollout is None else rollout.tick()
         except PersonStopped as stopped:
@@ -244,8 +244,10 @@ class Actor:
         self.fault = f"chunks refused: {rollout.refusal}" if rollout.rejected else ""
         rollout.rejected = 0
         for result in results:
-            self._in_hand[result.row] = False
-            self._note(result.demonstration, result.success, result.ticks)
+            shared = self._demonstrations[result.row]
+            shared.left(result.row)
+            if result.demonstration:
+                shared.note(success=result.success, ticks=result.ticks)
             self._on_result(result)
         return results
 
@@ -271,12 +273,13 @@ class Actor:
         return self.rollout
 
     def _begin(self, group: DeviceGroup) -> Rollout:
-        experts = [self._family.make_expert(self._task, group.spec) for _ in group.devices]
+        experts = [family.expert_for(task, group.spec) for task in self._tasks]
+        sim = self._config.sim
         if self._session is not None:
             rollout = shared_rollout(
                 group,
                 self._session,
-                make_task=partial(family.task_for, self._config.task, self._config.sim),
+                make_task=partial(family.task_for, self._tasks[0], sim),
                 next_start=self._next_start,
                 experts=experts,
                 on_step=self._record,
@@ -286,16 +289,19 @@ class Actor:
         else:
             rollout = Rollout(
                 group,
-                family.task_for(self._config.task, self._config.sim, None),
+                [family.task_for(task, sim, None) for task in self._tasks],
                 next_start=self._next_start,
                 experts=experts,
                 on_step=self._record,
-                goals=self._goals if self._config.actors.devices is None else None,
+                goals=self._goal if self._config.actors.devices is None else None,
                 rewards=make_rewards(self._config.reward, group.spec, len(group)),
             )
         if self._decides is not None:
             self._act(rollout, self._decides)
         return rollout
+
+    def _goal(self, row: int, seed: int) -> Observation:
+        return self._goals[self._tasks[row]](seed)
 
     def _record(self, row: int, step: Step) -> None:
         self._recorders[row].add(step)
@@ -335,36 +341,19 @@ class Actor:
         self.rollout = None
         self.losses += not self.stopped
         self.fault = str(error)
-        self._in_hand = [False] * len(self._in_hand)
+        self._leave()
 
-    def _share(self, index: int) -> int:
-        demonstrations = self._config.demonstrations
-        if demonstrations.source != "expert":
-            return 0
-        total, actors = demonstrations.episodes or 0, self._config.actors.count
-        return total // actors + (index < total % actors)
-
-    def _note(self, demonstration: bool, success: bool, ticks: int) -> None:
-        if not demonstration:
-            return
-        self._attempts += 1
-        if success:
-            self._demonstrated += 1
-            self._longest_ticks = max(self._longest_ticks, ticks)
-        limit = _ATTEMPTS_PER_DEMONSTRATION * max(2, self._wanted)
-        if self.demonstrating and self._attempts >= limit:
-            raise EmbodiedError(
-                f"the expert for '{self._config.task}' succeeded in {self._demonstrated} of "
-                f"{self._attempts} attempts; {self._wanted} demonstrations are not to be had. "
-                "Lower demonstrations.noise or raise sim.horizon"
-            )
+    def _leave(self) -> None:
+        """No robot's episode goes on."""
+        for row, shared in enumerate(self._demonstrations):
+            shared.left(row)
 
     def _next_start(self, row: int) -> Start | None:
         config, stream = self._config, self._streams[row]
         number = self._begun[row]
         seed = family.training_seed(config.seed, stream, number)
-        if self._demonstrated + sum(self._in_hand) < self._wanted:
-            self._in_hand[row] = True
+        demonstrations = self._demonstrations[row]
+        if demonstrations.begin(row):
             self._begun[row] += 1
             return Start(seed, takeover_tick=0, noise=config.demonstrations.noise)
         if self._decides is None:
@@ -373,7 +362,7 @@ class Actor:
         if self.waiting:
             return None
         rng: np.random.Generator = make_rng(config.seed, stream, number, "plan")
-        plan = self._algorithm.plan(self._longest_ticks or config.sim.horizon or 100, rng)
+        plan = self._algorithm.plan(demonstrations.longest_ticks or config.sim.horizon or 100, rng)
         if plan is None:
             return None
         self._begun[row] += 1
@@ -393,4 +382,5 @@ class Actor:
         if self._session is not None:
             self._session.close()
         self.robots.close()
-        self._goals.close()
+        for goals in self._goals.values():
+            goals.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +23,10 @@ from embodied.core.seeds import derive_seed
 from embodied.core.specs import DeviceSpec, PolicySpec
 from embodied.run.algorithm import critic_options, improvement_options, make_algorithm
 from embodied.run.config import DemonstrationsConfig, TrainConfig, read_keys
-from embodied.run.evaluate import summarise
+from embodied.run.evaluate import summarise_tasks
 from embodied.run.record import import_dataset
 from embodied.run.remote.policy import connect
+from embodied.run.tasks import device_of
 from embodied.weights.governor import PublishGovernor
 from embodied.weights.store import WeightStore
 from embodied.weights.trial import Trial
@@ -46,8 +47,7 @@ MIB = 1 << 20
 
 def device_spec(config: TrainConfig) -> DeviceSpec:
     """Spec of the run's robots, without opening one."""
-    found, task = family.find(config.task)
-    return found.make_driver(task, config.sim).spec
+    return device_of(config.tasks, config.sim)
 
 
 def window_spec(config: TrainConfig) -> WindowSpec:
@@ -188,16 +188,17 @@ def make_sampling(config: TrainConfig, reader: ReplayReader) -> Sampling:
 
 
 def import_demonstrations(
-    sink: StepSink, demonstrations: DemonstrationsConfig, task: str
+    sink: StepSink, demonstrations: DemonstrationsConfig, tasks: Sequence[str]
 ) -> tuple[int, int] | None:
     """Import the configured dataset, if there is one; returns (episodes, steps)."""
     if demonstrations.source != "dataset":
         return None
     cls, options = component("datasets", demonstrations.dataset or {}, "demonstrations.dataset")
     dataset = cls(options)
-    if dataset.task != task:
+    if dataset.task not in tasks:
         raise ConfigError(
-            f"demonstrations.dataset holds task '{dataset.task}', the run's task is '{task}'"
+            f"demonstrations.dataset holds task '{dataset.task}', the run's task is "
+            f"'{', '.join(tasks)}'"
         )
     return import_dataset(sink, dataset.episodes(demonstrations.episodes))
 
@@ -205,14 +206,14 @@ def import_demonstrations(
 def demonstrations_wanted(config: TrainConfig) -> int:
     """How many whole demonstrations must be there before training starts."""
     if config.demonstrations.source == "expert":
-        return config.demonstrations.episodes or 0
+        return len(config.tasks) * (config.demonstrations.episodes or 0)
     return 1
 
 
 def evaluation_row(
     version: int, metadata: Mapping[str, Any], final: bool, results: list[Any]
 ) -> dict[str, Any]:
-    """One row of metrics/evaluation.jsonl: summary and each episode.
+    """One row of metrics/evaluation.jsonl: summary and each episode, task by task.
 
     metadata: of the weights. Training time is left out where it must not matter (lockstep).
     """
@@ -221,7 +222,7 @@ def evaluation_row(
         "step": metadata["step"],
         "train_seconds": metadata.get("seconds"),
         "final": final,
-        **summarise(results),
+        **summarise_tasks(results),
         "seeds": [r.seed for r in results],
         "success": [r.success for r in results],
         "ticks": [r.ticks for r in results],
@@ -229,9 +230,20 @@ def evaluation_row(
     }
 
 
-def film_paths(run: RunDir, seeds: range, label: str) -> dict[int, Path]:
-    """Where the films of the first seeds go."""
-    return {seed: run.path / "videos" / f"{label}-seed{seed}.mp4" for seed in seeds}
+def film_paths(run: RunDir, config: TrainConfig, label: str) -> dict[str, dict[int, Path]]:
+    """Where the films of an evaluation's first seeds go, by task."""
+    return films_of(config.tasks, range(config.evaluation.videos), run.path / "videos", f"{label}-")
+
+
+def films_of(
+    tasks: Sequence[str], seeds: Sequence[int], folder: Path, label: str = ""
+) -> dict[str, dict[int, Path]]:
+    """Where films go, by task and seed; a task's name is part of theirs if there are several."""
+    named = {task: f"{task.replace('/', '-')}-" if len(tasks) > 1 else "" for task in tasks}
+    return {
+        task: {seed: folder / f"{label}{name}seed{seed}.mp4" for seed in seeds}
+        for task, name in named.items()
+    }
 
 
 def acting_policy(

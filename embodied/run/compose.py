@@ -57,8 +57,8 @@ class ComposeRun:
         self.labels = tuple(self.policies)
         first = next((run for run in stored if run is not None), None)
         task = config.task or (first and first.task)
-        if task is None:
-            raise ConfigError("none of the policies is a run's: say task=...")
+        if not isinstance(task, str):
+            raise ConfigError("none of the policies is a run's of one task: say task=...")
         self.task = task
         sim = config.sim or (first.sim if first else SimConfig())
         self._operator = _named(config.operator)

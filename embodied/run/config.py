@@ -19,6 +19,7 @@ from embodied.learn.config import LearnerConfig
 from embodied.run.actors_options import ActorsConfig
 from embodied.run.algorithm import check_action_free, check_critic, check_density, make_algorithm
 from embodied.run.gateway_options import GatewayConfig
+from embodied.run.tasks import Tasks, check_robots, device_of, names_of
 from hal.gpus import one_gpu
 from hal.rewards import make_reward
 from policies.acting import InferenceConfig
@@ -49,8 +50,8 @@ class DemonstrationsConfig(_Struct, frozen=True):
     """Where the first data come from.
 
     source: "expert" (the task's script), "dataset" (see dataset) or "none".
-    episodes: how many; null takes all of a dataset. noise: standard deviation of Gaussian
-    noise on the expert's executed actions, in units of half the action range.
+    episodes: how many of each task; null takes all of a dataset. noise: standard deviation of
+    Gaussian noise on the expert's executed actions, in units of half the action range.
     dataset: name of a registered dataset and its options.
     """
 
@@ -63,9 +64,9 @@ class DemonstrationsConfig(_Struct, frozen=True):
 class EvaluationConfig(_Struct, frozen=True):
     """Fresh-seed evaluation beside the training.
 
-    episodes: per evaluation, on the same evaluation seeds each time. final_episodes: of the last
-    weights. every_steps: at least this many gradient steps between two evaluations.
-    rows: simulated robots stepped together. videos: rollouts filmed per evaluation.
+    episodes: per evaluation and task, on the same evaluation seeds each time. final_episodes: of
+    the last weights. every_steps: at least this many gradient steps between two evaluations. rows:
+    simulated robots of a task stepped together. videos: rollouts of a task filmed per evaluation.
     """
 
     episodes: int
@@ -101,15 +102,16 @@ class BufferConfig(_Struct, frozen=True):
 class TrainConfig(_Struct, frozen=True):
     """Everything that defines a training run.
 
-    observations: what the policy reads of the robot: keys, or patterns that end in "*"; null for
-    all, the pictures of sim.cameras included. All is recorded either way. instructions: words for
-    recorded tasks by name, where they are not a registered task's own (see build.instruction).
-    reward: a registered one and its options, which judges what actors record in the task's place;
-    null for the task's own. Evaluations are always judged by the task. initial: folder of a policy,
-    or of a run, with whose weights and normalisers the policy begins; null for fresh ones.
+    task: one, or several that one policy learns, on equal robots. observations: what the policy
+    reads of the robot: keys, or patterns that end in "*"; null for all, the pictures of sim.cameras
+    included. All is recorded either way. instructions: words for recorded tasks by name, where they
+    are not a registered task's own (see build.instruction). reward: a registered one and its
+    options, which judges what actors record in the task's place; null for the task's own.
+    Evaluations are always judged by the task. initial: folder of a policy, or of a run, with whose
+    weights and normalisers the policy begins; null for fresh ones.
     """
 
-    task: str
+    task: Tasks
     seed: int
     sim: SimConfig
     observations: tuple[str, ...] | None
@@ -127,6 +129,11 @@ class TrainConfig(_Struct, frozen=True):
     gateway: GatewayConfig
     reward: dict[str, Any] | None = None
     inference: InferenceConfig = msgspec.field(default_factory=InferenceConfig)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of its tasks."""
+        return names_of(self.task)
 
 
 class CollectConfig(_Struct, frozen=True):
@@ -148,11 +155,11 @@ class EvalConfig(_Struct, frozen=True):
     """Evaluation of a checkpoint or a run's newest weights.
 
     checkpoint: a policy folder or a run directory; null with inference.remote. task, sim: null
-    takes the run's own.
+    takes the run's own. episodes, videos: of each task.
     """
 
     checkpoint: str | None
-    task: str | None
+    task: Tasks | None
     sim: SimConfig | None
     episodes: int
     first_seed: int
@@ -184,8 +191,8 @@ def check(config: TrainConfig) -> TrainConfig:
         )
     _check_data(config, asks_expert=algorithm.asks_expert and not by_person)
     if config.reward is not None:
-        found, task = family.find(config.task)
-        make_reward(config.reward, found.make_driver(task, config.sim).spec, config.actors.operator)
+        device = device_of(config.tasks, config.sim)
+        make_reward(config.reward, device, config.actors.operator)
     learner = config.learner
     if config.run.mode == "lockstep" and learner.minutes is not None:
         raise ConfigError(
@@ -209,6 +216,7 @@ def check(config: TrainConfig) -> TrainConfig:
     expert = config.demonstrations.source == "expert"
     config.gateway.check(config.run.mode, algorithm.collects, config.actors.count, expert)
     config.actors.check(config.run.mode)
+    check_robots(config.tasks, config.actors)
     if config.inference.remote is not None and config.run.mode == "lockstep":
         raise ConfigError("run.mode=lockstep repeats bit for bit; a policy server does not")
     if config.inference.device != "cpu":
@@ -228,24 +236,28 @@ def _check_policy(config: TrainConfig) -> PolicySpec:
     options = core_config.options_of("policies", config.policy, "policy")
     for kind, data, where in options.parts():
         core_config.options_of(kind, data, where)
-    found, task = family.find(config.task)
-    device = found.make_driver(task, config.sim).spec
+    device = device_of(config.tasks, config.sim)
     keys = read_keys(device, config.observations)
     spec = policy_spec(device, keys, options)
     options.future_keys(spec.observation)
     goals = [key.removeprefix(GOAL) for key in spec.observation if key.startswith(GOAL)]
-    if goals and found.make_expert(task, device) is None:
+    if goals and (helpless := _without_expert(config, device)):
         raise ConfigError(
             f"policy.goals is {goals}: the goals of evaluations are what the task's scripted "
-            f"expert ends with, and '{config.task}' has none"
+            f"expert ends with, and '{helpless[0]}' has none"
         )
     if told := spec.observation.get(TASK):
-        words = [found.make_task(task, config.sim).instruction, *config.instructions.values()]
-        for text in words:
+        words = [family.task_for(name, config.sim, None).instruction for name in config.tasks]
+        for text in (*words, *config.instructions.values()):
             encode_instruction(text, told.size)
     if config.initial is not None:
         check_initial(Path(config.initial), config.policy["name"], spec)
     return spec
+
+
+def _without_expert(config: TrainConfig, device: DeviceSpec) -> list[str]:
+    """Those of the tasks that have no scripted expert."""
+    return [name for name in config.tasks if family.expert_for(name, device) is None]
 
 
 def read_keys(device: DeviceSpec, wanted: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -272,7 +284,6 @@ def _matches(key: str, name: str) -> bool:
 
 
 def _check_data(config: TrainConfig, *, asks_expert: bool) -> None:
-    found, task = family.find(config.task)
     demonstrations = config.demonstrations
     if demonstrations.source == "dataset":
         core_config.options_of("datasets", demonstrations.dataset, "demonstrations.dataset")
@@ -280,11 +291,11 @@ def _check_data(config: TrainConfig, *, asks_expert: bool) -> None:
         raise ConfigError(
             "demonstrations.source=none: nothing would ever be learned; use expert or dataset"
         )
-    driver = found.make_driver(task, config.sim)
+    device = device_of(config.tasks, config.sim)
     needs_expert = demonstrations.source == "expert" or asks_expert
-    if needs_expert and found.make_expert(task, driver.spec) is None:
+    if needs_expert and (helpless := _without_expert(config, device)):
         raise ConfigError(
-            f"task '{config.task}' has no scripted expert; use demonstrations.source=dataset and "
+            f"task '{helpless[0]}' has no scripted expert; use demonstrations.source=dataset and "
             "algorithm=bc"
         )
     if demonstrations.source == "expert" and not demonstrations.episodes:

@@ -14,10 +14,11 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One finished episode. peaks: greatest value of each signal; interventions: expert's ticks.
-    policy_version: of the last decision; mixed: others decided before."""
+    """One finished episode. task: its name. peaks: greatest value of each signal; interventions:
+    expert's ticks. policy_version: of the last decision; mixed: others decided before."""
 
     row: int
+    task: str
     seed: int
     success: bool
     ticks: int

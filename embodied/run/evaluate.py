@@ -1,7 +1,8 @@
 """Evaluation on fixed, fresh start states, always the same for every contender."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from embodied.core.frames import Frame
 from embodied.core.intervals import bootstrap_mean, wilson
@@ -79,7 +80,7 @@ class Evaluator:
             next_start=next_start,
             experts=self._experts,
             on_frame=on_frame,
-            goals=self._goals,
+            goals=lambda row, seed: self._goals(seed),
         )
         if policy is not None:
             check_robot("policy", policy, self._group.spec, self.task, goals=True)
@@ -102,6 +103,69 @@ class Evaluator:
         """Close the simulated robots."""
         self._group.close()
         self._goals.close()
+
+
+class Evaluators:
+    """An evaluator for each of a run's tasks; they take their turns. The first is made at once, so
+    that a simulator that does not work is found out, the others when they are needed."""
+
+    def __init__(self, tasks: Sequence[str], sim: SimConfig, *, rows: int) -> None:
+        """rows: simulated robots of each task."""
+        self._tasks = tasks
+        self._sim = sim
+        self._rows = rows
+        self._made: dict[str, Evaluator] = {}
+        self.of(tasks[0])
+
+    def of(self, task: str) -> Evaluator:
+        """The evaluator of one of the tasks."""
+        if task not in self._made:
+            self._made[task] = Evaluator(task, self._sim, rows=self._rows)
+        return self._made[task]
+
+    def run(
+        self,
+        policy: Policy,
+        version: int,
+        seeds: Sequence[int],
+        *,
+        films: Mapping[str, dict[int, Path]],
+        on_result: Callable[[Result], None] | None = None,
+        keep_going: Callable[[], bool] | None = None,
+    ) -> list[Result]:
+        """One episode of each task from each start state; films by task. See Evaluator."""
+        results: list[Result] = []
+        for task in self._tasks:
+            results += self.of(task).run(
+                policy,
+                version,
+                seeds,
+                films=films[task],
+                on_result=on_result,
+                keep_going=keep_going,
+            )
+        return results
+
+    @property
+    def film_fault(self) -> str | None:
+        """Why a film could not be made, if so."""
+        return next((e.film_fault for e in self._made.values() if e.film_fault), None)
+
+    def close(self) -> None:
+        """Close the simulated robots."""
+        for evaluator in self._made.values():
+            evaluator.close()
+
+
+def summarise_tasks(results: Sequence[Result]) -> dict[str, Any]:
+    """As `summarise`; of several tasks also each by its name, under "tasks"."""
+    by_task: dict[str, list[Result]] = {}
+    for result in results:
+        by_task.setdefault(result.task, []).append(result)
+    summary: dict[str, Any] = summarise(results)
+    if len(by_task) > 1:
+        summary["tasks"] = {task: summarise(own) for task, own in by_task.items()}
+    return summary
 
 
 def summarise(results: Sequence[Result]) -> dict[str, float | int | list[float]]:

@@ -41,7 +41,7 @@ def run_local(
 
     try:
         with build.make_local_buffer(run, config) as sink:
-            build.import_demonstrations(sink, config.demonstrations, config.task)
+            build.import_demonstrations(sink, config.demonstrations, config.tasks)
         supervisor = Supervisor(run, training_crew(config, gpu), watch)
         supervisor.run()
         if supervisor.stopped:

@@ -12,7 +12,7 @@ from embodied.run import build
 from embodied.run.actor import Actor
 from embodied.run.config import TrainConfig
 from embodied.run.episode import Result
-from embodied.run.evaluate import Evaluator
+from embodied.run.evaluate import Evaluators
 from embodied.weights.store import WeightStore
 
 _DEMONSTRATION_TICKS = 1_000_000
@@ -73,9 +73,9 @@ class Lockstep:
         config, run = self._config, self._run
         sink = build.make_local_buffer(run, config)
         actors: list[Actor] = []
-        evaluator = Evaluator(config.task, config.sim, rows=config.evaluation.rows)
+        evaluator = Evaluators(config.tasks, config.sim, rows=config.evaluation.rows)
         try:
-            build.import_demonstrations(sink, config.demonstrations, config.task)
+            build.import_demonstrations(sink, config.demonstrations, config.tasks)
             for index in range(config.actors.count):
                 actor = Actor(
                     config,
@@ -106,7 +106,7 @@ class Lockstep:
                 self._check()
                 actor.tick()
 
-    def _learn(self, actors: list[Actor], sink: StepSink, evaluator: Evaluator) -> None:
+    def _learn(self, actors: list[Actor], sink: StepSink, evaluator: Evaluators) -> None:
         config = self._config
 
         def on_metrics(row: dict[str, Any]) -> None:
@@ -141,7 +141,7 @@ class Lockstep:
             trainer.save()
         self._evaluate(evaluator, trainer.step, final=True)
 
-    def _evaluate(self, evaluator: Evaluator, step: int, *, final: bool) -> None:
+    def _evaluate(self, evaluator: Evaluators, step: int, *, final: bool) -> None:
         from policies.checkpoint import policy_from_state
         from policies.inference.policy import ActingPolicy
 
@@ -156,7 +156,7 @@ class Lockstep:
             self._config.inference,
             rows=evaluation.rows,
         )
-        films = build.film_paths(self._run, range(evaluation.videos), f"step{step:07d}")
+        films = build.film_paths(self._run, self._config, f"step{step:07d}")
         results = evaluator.run(
             policy, version, range(episodes), films=films, keep_going=self._go_on
         )
@@ -184,6 +184,7 @@ class Lockstep:
 def result_row(result: Result) -> dict[str, Any]:
     """One training episode as a row of metrics."""
     return {
+        "task": result.task,
         "seed": result.seed,
         "success": result.success,
         "ticks": result.ticks,

@@ -10,6 +10,7 @@ from embodied.core.errors import ConfigError, DeviceLostError, EmbodiedError, Le
 from embodied.core.specs import DeviceSpec
 from embodied.run.config import TrainConfig
 from embodied.run.leased import halt, halted_by
+from embodied.run.tasks import robot_task
 from hal.group import DeviceGroup, make_group
 from hal.pool.holding import Holding
 from hal.pool.leases import Allocation, DeviceRecord
@@ -49,9 +50,10 @@ class SimulatedRobots:
 
     def __init__(self, config: TrainConfig, index: int, speed: float, holder: str) -> None:
         rows = config.actors.rows
+        tasks = [robot_task(config.tasks, index, row, rows) for row in range(rows)]
         self._group = make_group(
             lambda row: family.make_device(
-                config.task, config.sim, row=index * rows + row, clock=VirtualClock(speed)
+                tasks[row], config.sim, row=index * rows + row, clock=VirtualClock(speed)
             ),
             rows,
         )
@@ -60,7 +62,7 @@ class SimulatedRobots:
         self._holdings: list[Holding] = []
         self._reported_s = 0.0
         for row, device in enumerate(self._group.devices):
-            name = f"{config.task}:{os.getpid()}.{index * rows + row}"
+            name = f"{tasks[row]}:{os.getpid()}.{index * rows + row}"
             kind, classes = device.info.kind, ("robot", "simulated")
             self._pool.register(DeviceRecord(id=name, kind=kind, classes=classes))
             self._ids.append(name)

@@ -50,10 +50,10 @@ class _Row:
 class Rollout:
     """Runs episodes on every row of a group, one tick of all rows at a time.
 
-    next_start(row) gives the row's next episode, or None to leave it idle. on_step receives every
-    Step's fields that the sink needs; on_frame is called with (row, frame) for films. goals gives
-    the goal of an episode by its seed, for policies that want one. rewards: of each row, what
-    judges its episodes in the task's place.
+    task: of all rows, or of each its own. next_start(row) gives the row's next episode, or None to
+    leave it idle. on_step receives every Step's fields that the sink needs; on_frame is called with
+    (row, frame) for films. goals gives the goal of an episode by its row and seed, for policies
+    that want one. rewards: of each row, what judges its episodes in the task's place.
     Decisions of all rows that are due are taken in one batch, or, on robots whose time does not
     wait, row by row while the committed actions play. Without a decision (NoActionError) such a
     robot plays them to their end and holds, and is decided for again in the next tick; others wait
@@ -65,18 +65,18 @@ class Rollout:
     def __init__(
         self,
         group: DeviceGroup,
-        task: Task,
+        task: Task | Sequence[Task],
         *,
         next_start: Callable[[int], Start | None],
         experts: Sequence[Expert | None] | None = None,
         teleoperators: Sequence[Teleoperator | None] | None = None,
         on_step: Callable[[int, Step], None] | None = None,
         on_frame: Callable[[int, Frame], None] | None = None,
-        goals: Callable[[int], Observation] | None = None,
+        goals: Callable[[int, int], Observation] | None = None,
         rewards: Sequence[Reward] | None = None,
     ) -> None:
         self._group = group
-        self._task = task
+        self._tasks = task if isinstance(task, Sequence) else [task] * len(group)
         self._next_start = next_start
         self._experts = experts or [None] * len(group)
         self._teleoperators = teleoperators or [None] * len(group)
@@ -94,16 +94,17 @@ class Rollout:
         self.rejected = 0
         self.refusal = ""
         self._policy: Policy | None = None
-        self._text: np.ndarray | None = None
+        self._texts: list[np.ndarray | None] = []
         self.version = -1
         self.latencies_s: list[float] = []
         self.ticks = 0
 
     def set_policy(self, policy: Policy, version: int) -> None:
         """Use this policy from the next decision on; ConfigError if it reads what is not there."""
-        self._text = check_readable(
-            "policy", policy.spec, self._group.spec, self._task, goals=self._goals is not None
-        )
+        spec, goals = self._group.spec, self._goals is not None
+        self._texts = [
+            check_readable("policy", policy.spec, spec, task, goals=goals) for task in self._tasks
+        ]
         if policy is not self._policy:
             for row in self._rows:
                 if row is not None:
@@ -159,9 +160,10 @@ class Rollout:
         if start.takeover_tick is not None:
             expert = self._experts[index]
             if expert is None:
-                raise EmbodiedError(f"task '{self._task.name}' has no scripted expert to take over")
+                name = self._tasks[index].name
+                raise EmbodiedError(f"task '{name}' has no scripted expert to take over")
             expert.reset()
-        self._task.reset(self._commanders[index], start.seed)
+        self._tasks[index].reset(self._commanders[index], start.seed)
         frame = self._group.devices[index].latest()
         if self._rewards is not None:
             self._rewards[index].begin(frame)
@@ -233,10 +235,15 @@ class Rollout:
         obs: dict[str, np.ndarray] = {}
         rows = [row for row in (self._rows[index] for index in due) if row is not None]
         for key in spec.observation:
-            if key == TASK and self._text is not None:
-                obs[key] = np.tile(self._text, (len(rows), spec.n_obs_steps, 1))
+            if key == TASK:
+                told = [text for text in (self._texts[index] for index in due) if text is not None]
+                obs[key] = np.repeat(np.stack(told)[:, None], spec.n_obs_steps, axis=1)
             elif key.startswith(GOAL) and self._goals is not None:
-                ends = [self._goals(row.start.seed)[key.removeprefix(GOAL)] for row in rows]
+                name = key.removeprefix(GOAL)
+                ends = [
+                    self._goals(index, row.start.seed)[name]
+                    for index, row in zip(due, rows, strict=True)
+                ]
                 obs[key] = np.repeat(np.stack(ends)[:, None], spec.n_obs_steps, axis=1)
             else:
                 obs[key] = np.stack([self._history(row, key, spec.n_obs_steps) for row in rows])
@@ -315,10 +322,10 @@ class Rollout:
     def _advance(self, index: int, row: _Row, closed: Frame, following: Frame) -> Outcome:
         elapsed = following.tick - row.first_tick
         if self._rewards is None:
-            outcome = self._task.judge(following, elapsed)
+            outcome = self._tasks[index].judge(following, elapsed)
         else:
             verdict = self._rewards[index](following)
-            outcome = judged(verdict, elapsed, self._task.horizon)
+            outcome = judged(verdict, elapsed, self._tasks[index].horizon)
         if closed.seq in row.sources:
             row.source = row.sources[closed.seq]
         version, supervised = row.source or (row.version, row.handed or self._supervised(row))
@@ -345,7 +352,7 @@ class Rollout:
                     intervention=supervised,
                     held=closed.held,
                     policy_version=-1 if supervised else version,
-                    task=self._task.name,
+                    task=self._tasks[index].name,
                     seed=row.start.seed,
                 ),
             )
@@ -369,13 +376,14 @@ class Rollout:
                     index=ticks,
                     observation=last.observation,
                     action=np.zeros(self._group.spec.action.shape, np.float32),
-                    task=self._task.name,
+                    task=self._tasks[index].name,
                     seed=row.start.seed,
                     final=True,
                 ),
             )
         return Result(
             row=index,
+            task=self._tasks[index].name,
             seed=row.start.seed,
             success=outcome.success,
             ticks=ticks,

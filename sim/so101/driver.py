@@ -8,9 +8,9 @@ import numpy as np
 from embodied.core.errors import ConfigError
 from embodied.core.frames import Observation
 from embodied.core.seeds import make_rng
-from hal.cameras import picture_key
 from hal.drivers.so101_arm import HIGH_RAD, LOW_RAD, SPEC
 from sim.family import SimConfig
+from sim.pictures import Pictures
 from sim.rendering import Cameras
 from sim.so101.arm import QUANTUM_S, Arm, N
 
@@ -31,7 +31,8 @@ class SimulatedSO101:
 
     def __init__(self, config: SimConfig | None = None) -> None:
         self._config = config or SimConfig()
-        observation = {**SPEC.observation, **self._config.picture_specs()}
+        self._pictures = Pictures(self._config, self.picture)
+        observation = {**SPEC.observation, **self._config.picture_specs(SPEC.tick_hz)}
         self.spec = msgspec.structs.replace(SPEC, observation=observation)
         servo_hz = SPEC.tick_hz if SPEC.motion is None else SPEC.motion.servo_hz
         self._quanta = round(1 / (servo_hz * QUANTUM_S))
@@ -58,6 +59,7 @@ class SimulatedSO101:
 
     def reset(self, seed: int) -> None:
         """Go to the start pose of `seed`, at rest, holding it."""
+        self._pictures.begin()
         rng = make_rng(seed, "so101", "start")
         start_rad = START_RAD + rng.uniform(-SPREAD_RAD, SPREAD_RAD, N)
         self.arm.place(np.clip(start_rad, LOW_RAD, HIGH_RAD))
@@ -65,10 +67,7 @@ class SimulatedSO101:
     def sense(self) -> Observation:
         """Joint angles, and pictures if the configuration names cameras."""
         observation = {"observation.state": self.arm.data.qpos[:N].astype(np.float32)}
-        for camera in self._config.cameras:
-            size = self._config.image_size
-            observation[picture_key(camera)] = self.picture(camera, size, size)
-        return observation
+        return {**observation, **self._pictures.observe()}
 
     def drive(self, action_D: np.ndarray) -> None:
         """Goals for the coming servo step and until others come."""
@@ -80,6 +79,7 @@ class SimulatedSO101:
 
     def step_time(self) -> None:
         """Let one servo step pass."""
+        self._pictures.step()
         self.arm.advance(self._quanta)
 
     def signals(self) -> dict[str, float]:

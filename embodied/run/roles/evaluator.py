@@ -7,7 +7,7 @@ from collections.abc import Callable
 from embodied.core.errors import CorruptDataError
 from embodied.run import build
 from embodied.run.context import Context
-from embodied.run.evaluate import Evaluator
+from embodied.run.evaluate import Evaluators
 from embodied.weights.store import VersionGoneError, WeightManifest, WeightStore
 
 _POLL_S = 0.2
@@ -23,7 +23,7 @@ def evaluator_role(context: Context) -> None:
     os.nice(_NICENESS)
     run, evaluation = context.run, context.config.evaluation
     store, sitting = WeightStore(run.weights), run.sitting()
-    evaluator = Evaluator(context.config.task, context.config.sim, rows=evaluation.rows)
+    evaluator = Evaluators(context.config.tasks, context.config.sim, rows=evaluation.rows)
     done_step = max((row["step"] for row in run.read("metrics", "evaluation")), default=0)
     damaged: set[int] = set()
     try:
@@ -61,7 +61,7 @@ def evaluator_role(context: Context) -> None:
 
 def _evaluate(
     context: Context,
-    evaluator: Evaluator,
+    evaluator: Evaluators,
     store: WeightStore,
     version: int,
     episodes: int,
@@ -85,10 +85,10 @@ def _evaluate(
         ),
         version,
         range(episodes),
-        films=build.film_paths(run, range(config.evaluation.videos), f"step{step:07d}"),
+        films=build.film_paths(run, config, f"step{step:07d}"),
         keep_going=_unless_final(context, store, version),
     )
-    if len(results) < episodes:
+    if len(results) < episodes * len(config.tasks):
         return False
     if evaluator.film_fault is not None:
         run.event("no films", error=evaluator.film_fault)

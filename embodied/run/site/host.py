@@ -20,6 +20,7 @@ from embodied.run.site import messages as m
 from embodied.run.site.config import Site, SiteConfig, write_site
 from embodied.run.site.freshness import forget_freshness
 from embodied.run.supervisor import Crew, Supervisor
+from embodied.run.tasks import check_robots
 from embodied.run.telemetry import address
 
 _ASK_S = 2.0
@@ -90,6 +91,7 @@ def run_site(
         return None
     assignment, name = found
     theirs = _config_of(assignment)
+    check_robots(theirs.tasks, config.actors)
     run = RunDir(Path(config.root) / f"{assignment.name}-{assignment.id[:8]}")
     run.acquire()
     try:
