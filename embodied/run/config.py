@@ -15,7 +15,7 @@ from embodied.core.registry import unknown
 from embodied.core.specs import DeviceSpec, PolicySpec
 from embodied.learn.config import LearnerConfig
 from embodied.run.actors_options import ActorsConfig
-from embodied.run.algorithm import check_critic, check_density, make_algorithm
+from embodied.run.algorithm import check_actor, check_critic, check_density, make_algorithm
 from embodied.run.gateway_options import GatewayConfig
 from hal.gpus import one_gpu
 from hal.rewards import make_reward
@@ -167,7 +167,10 @@ def check(config: TrainConfig) -> TrainConfig:
     """Raise ConfigError for values that contradict each other; return the same configuration."""
     algorithm, name = make_algorithm(config.algorithm), config.algorithm["name"]
     check_critic(algorithm, _check_policy(config).n_action_steps)
-    check_density(algorithm, core_config.options_of("policies", config.policy, "policy"))
+    options = core_config.options_of("policies", config.policy, "policy")
+    check_density(algorithm, options)
+    evaluation = config.evaluation
+    check_actor(algorithm, options, max(evaluation.episodes, evaluation.final_episodes))
     by_person = config.actors.teleoperator is not None
     if by_person and not algorithm.collects:
         raise ConfigError(

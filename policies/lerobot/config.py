@@ -36,6 +36,7 @@ class LeRobotConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     exported: Export | None = None
 
     has_density: ClassVar[bool] = False
+    acts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Read the folder. ConfigError for one that cannot be used."""
