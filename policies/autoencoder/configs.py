@@ -30,7 +30,7 @@ class VAEConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     number of the picture.
     """
 
-    channels: Annotated[tuple[Width, ...], msgspec.Meta(min_length=2, max_length=4)] = (32, 64, 64)
+    channels: Annotated[tuple[Width, ...], msgspec.Meta(min_length=2, max_length=4)] = (16, 32, 64)
     latent_channels: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
     blocks: Annotated[int, msgspec.Meta(ge=1, le=8)] = 1
     kl_weight: Annotated[float, msgspec.Meta(ge=0)] = 1e-6
