@@ -88,7 +88,7 @@ class VAE(TrainingNoise, nn.Module):
         raise self._inert()
 
     def loss(self, batch: Mapping[str, Array]) -> tuple[torch.Tensor, dict[str, float]]:
-        """Mean absolute error + kl_weight · KL, both per number of the pictures, which are in −1..1.
+        """Mean absolute error + kl_weight · KL, both per number of the pictures, in −1..1.
 
         batch: the spec's pictures [B, 1, h, w, 3], uint8; other keys are left alone. Metrics: loss,
         l1, kl (nats a picture), psnr (dB, see `psnr`), scale.

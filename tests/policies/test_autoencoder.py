@@ -178,7 +178,7 @@ def test_it_goes_nowhere_without_its_autoencoder(tmp_path, name):
     with pytest.raises(ConfigError, match=r"policy\.latents\.path=.*frozen"):
         load_policy(tmp_path / "world")
     _ = save(path, seed=1)
-    with pytest.raises(CorruptDataError, match="another autoencoder .* bring that one back"):
+    with pytest.raises(CorruptDataError, match=r"another autoencoder .* bring that one back"):
         load_policy(tmp_path / "world")
 
 
