@@ -33,7 +33,6 @@ class AutoencoderLatents(Latents):
     autoencoder's folder, which must hash to what it did when training began.
     """
 
-    config: AutoencoderConfig
     scale: torch.Tensor
 
     def __init__(self, config: AutoencoderConfig, picture: tuple[int, int]) -> None:

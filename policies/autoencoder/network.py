@@ -24,8 +24,8 @@ class AutoencoderKL(nn.Module):
         super().__init__()
         self.sizes = sizes
         numbers, latent = 3 * sizes.fold**2, sizes.latent_channels
-        self.encoder = _Encoder(sizes, numbers, 2 * latent)
-        self.decoder = _Decoder(sizes, latent, numbers)
+        self.encoder = _ToLatents(sizes, numbers, 2 * latent)
+        self.decoder = _FromLatents(sizes, latent, numbers)
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1) if sizes.quant else None
         self.post_quant_conv = nn.Conv2d(latent, latent, 1) if sizes.post_quant else None
 
@@ -45,7 +45,7 @@ class AutoencoderKL(nn.Module):
         return F.pixel_shuffle(self.decoder(x), self.sizes.fold).to(latents_MZij)
 
 
-class _Encoder(nn.Module):
+class _ToLatents(nn.Module):
     def __init__(self, sizes: Sizes, inputs: int, outputs: int) -> None:
         super().__init__()
         width = sizes.channels[0]
@@ -69,7 +69,7 @@ class _Encoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
 
 
-class _Decoder(nn.Module):
+class _FromLatents(nn.Module):
     def __init__(self, sizes: Sizes, inputs: int, outputs: int) -> None:
         super().__init__()
         width = sizes.channels[-1]

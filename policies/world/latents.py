@@ -4,8 +4,8 @@ M pictures, h w height and width, L tokens, P numbers of a token.
 """
 
 from abc import abstractmethod
+from typing import Any
 
-import msgspec
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -20,7 +20,7 @@ class Latents(nn.Module):
     config: the options, with what was found of them when it was made. tokens: L. size: P.
     """
 
-    config: msgspec.Struct
+    config: Any
     tokens: int
     size: int
 
@@ -40,7 +40,6 @@ class Patches(Latents):
     """The pixels of square patches, of the picture or of a smaller one."""
 
     Config = PatchesConfig
-    config: PatchesConfig
 
     def __init__(self, config: PatchesConfig, picture: tuple[int, int]) -> None:
         """ConfigError unless the patches fill the picture."""
