@@ -148,15 +148,25 @@ def load_policy(path: Path) -> Any:
 
 
 def _read_model(path: Path, config: dict[str, Any]) -> dict[str, np.ndarray]:
-    expected = _expected_arrays(lambda: construct(config))
-    size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in expected.values())
-    data = read_bytes(path, size + HEADER_BYTES_PER_ARRAY * (len(expected) + 1))
+    data = read_model(path, lambda: construct(config))
     if hashlib.sha256(data).hexdigest() != config.get("model_sha256"):
         raise CorruptDataError(f"{MODEL} does not match its hash in {CONFIG}.")
+    return arrays_of(data, MODEL)
+
+
+def read_model(path: Path, make: Callable[[], Any]) -> bytes:
+    """A safetensors file, which must not be larger than one of the module's that `make` makes."""
+    expected = _expected_arrays(make)
+    size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in expected.values())
+    return read_bytes(path, size + HEADER_BYTES_PER_ARRAY * (len(expected) + 1))
+
+
+def arrays_of(data: bytes, name: str) -> dict[str, np.ndarray]:
+    """What a safetensors file of this name holds; CorruptDataError if it cannot be read."""
     try:
         return safetensors.numpy.load(data)
     except (safetensors.SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise CorruptDataError(f"{MODEL} cannot be read: {error}.") from error
+        raise CorruptDataError(f"{name} cannot be read: {error}.") from error
 
 
 Shapes = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]

@@ -62,6 +62,9 @@ class ChunkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """Whether the policy knows the density of what it draws, and has gradients of both (as
     `rsample` of the Gaussian policy)."""
 
+    acts: ClassVar[bool] = True
+    """Whether it commands robots."""
+
     @property
     def learns_without_actions(self) -> bool:
         """Whether windows without any label teach it something."""

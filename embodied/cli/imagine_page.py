@@ -1,21 +1,16 @@
 """What a world model predicts, as pictures, films, plots and one HTML page."""
 
-import base64
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from embodied.cli.pictures import column, data_url, strip
 from embodied.core.files import write_atomic
 from embodied.core.protocols import WorldModel
 from embodied.run.imagination.errors import centre
 from embodied.run.imagination.imagine import Imagined
 
-_COLUMNS = 8
-_SIDE = 96
-"""Pictures are enlarged, by a whole number, to about this height."""
-_GAP = 4
 _FPS = 10.0
 _ELEMENTS = 6
 """Elements of a state that are plotted."""
@@ -70,28 +65,19 @@ def frames(episode: Imagined, key: str, offset: int) -> list[np.ndarray]:
         if rolled is not None:
             before = int(np.searchsorted(episode.rolled_ticks, tick, side="right"))
             rows.append(rolled[before - 1] if before else np.full_like(predicted, 255))
-        times = max(1, round(_SIDE / len(predicted)))
-        large = [row.repeat(times, axis=0).repeat(times, axis=1) for row in rows]
-        gap = np.full((_GAP, large[0].shape[1], 3), 255, np.uint8)
-        found.append(np.concatenate([part for row in large for part in (row, gap)][:-1]))
+        found.append(column(rows))
     return found
 
 
 def _write_pictures(output: Path, name: str, episode: Imagined, key: str, offset: int) -> str:
     """Write the film and the strip; returns the latter as a data URL."""
-    from PIL import Image
-
     from embodied.run.video import write_film
 
     pictures = frames(episode, key, offset)
-    chosen = np.unique(np.linspace(0, len(pictures) - 1, _COLUMNS).round().astype(int))
-    gap = np.full((len(pictures[0]), _GAP, 3), 255, np.uint8)
-    strip = np.concatenate([part for k in chosen for part in (pictures[k], gap)][:-1], axis=1)
-    buffer = io.BytesIO()
-    Image.fromarray(strip).save(buffer, format="PNG")
-    write_atomic(output / f"{name}.png", buffer.getvalue())
+    png = strip(pictures)
+    write_atomic(output / f"{name}.png", png)
     write_film(output / f"{name}.mp4", pictures, _FPS)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_url(png)
 
 
 def _state_plot(episode: Imagined, key: str, offset: int) -> str:

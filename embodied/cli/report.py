@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from embodied.cli.pictures import data_url
 from embodied.core.errors import ConfigError
 from embodied.core.files import write_atomic
 from embodied.core.rundir import RunDir
@@ -56,7 +57,9 @@ def _contents(run: RunDir) -> dict[str, Any]:
         "success": _success_plot(evaluations),
         "loss": _line_plot(learner, "loss", "loss", log=True),
         "interventions": _intervention_plot(actors),
+        "psnr": _line_plot([r for r in learner if "psnr" in r], "psnr", "PSNR (dB)", log=False),
         "figures": control_figures(run),
+        "pictures": _pictures(run),
         "films": _films(run),
         "metric": "max_coverage"
         if evaluations and "max_coverage" in evaluations[0]
@@ -165,6 +168,19 @@ def _intervention_plot(actors: dict[str, list[dict[str, Any]]]) -> str:
     axes.set(xlabel="training episodes", ylabel="ended without help", ylim=(-0.03, 1.03))
     axes.legend(frameon=False, fontsize=8)
     return svg(figure)
+
+
+def _pictures(run: RunDir) -> list[tuple[str, str]]:
+    """Strips of held-out pictures that an autoencoder gave back, as (caption, data URL)."""
+    newest = {row["key"]: row for row in run.read("metrics", "reconstruction")}
+    return [
+        (
+            f"{key}, true above reconstructed: {row['psnr_db']:.1f} dB over {row['pictures']} "
+            "pictures of held-out episodes",
+            data_url((run.path / "pictures" / f"{key}.png").read_bytes()),
+        )
+        for key, row in newest.items()
+    ]
 
 
 def _films(run: RunDir) -> list[tuple[str, str]]:

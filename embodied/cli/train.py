@@ -76,6 +76,7 @@ def _run(run: RunDir, config: Any, console: Console) -> int:
             interrupted = True
     if not interrupted:
         console.print(f"policy: {_short(_export(run))}")
+        _show_pictures(run, config)
     seconds = time.monotonic() - started_s
     run.event("run interrupted" if interrupted else "run finished", seconds=round(seconds, 1))
     if run.read("metrics", "learner") or run.read("metrics", "evaluation"):
@@ -116,6 +117,28 @@ def _export(run: RunDir) -> Path:
     arrays, manifest = store.load(store.latest_version() or 0)
     save_policy(run.path / "policy", policy_from_state(manifest.config, arrays))
     return run.path / "policy"
+
+
+def _show_pictures(run: RunDir, config: Any) -> None:
+    """Keep held-out pictures as an autoencoder gives them back, if that is what was trained: true
+    above reconstructed."""
+    from embodied.core.config import options_of
+
+    if options_of("policies", config.policy, "policy").acts:
+        return
+    from embodied.cli.pictures import column, strip
+    from embodied.core.files import write_atomic
+    from embodied.run.reconstruction import reconstruct
+
+    for found in reconstruct(run, config):
+        columns = [column(pair) for pair in zip(found.true, found.back, strict=True)]
+        path = run.path / "pictures" / f"{found.key}.png"
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, strip(columns))
+        count = len(found.true)
+        run.metrics(
+            "reconstruction", {"key": found.key, "psnr_db": found.psnr_db, "pictures": count}
+        )
 
 
 def _directory(config: Any) -> Path:

@@ -27,6 +27,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "vla": "policies.vla.policy:VLA",
         "uwm": "policies.world.uwm:UWM",
         "uva": "policies.world.uva:UVA",
+        "vae": "policies.autoencoder.policy:VAE",
         "lerobot": "policies.lerobot.policy:LeRobotPolicy",
         "lora": "policies.lora.policy:LoRAPolicy",
         "composed": "policies.compose.policy:ComposedPolicy",
@@ -68,6 +69,8 @@ BUILTIN: dict[str, dict[str, str]] = {
     },
     "latents": {
         "patches": "policies.world.latents:Patches",
+        "vae": "policies.autoencoder.latents:VAELatents",
+        "diffusers": "policies.autoencoder.latents:DiffusersLatents",
     },
     "scorers": {
         "goal": "policies.world.scorers:GoalScorer",
@@ -93,6 +96,7 @@ BUILTIN: dict[str, dict[str, str]] = {
         "hg_dagger": "embodied.learn.hg_dagger:HGDAgger",
         "idql": "embodied.learn.idql:IDQL",
         "parl": "embodied.learn.parl:PARL",
+        "reconstruction": "embodied.learn.reconstruction:Reconstruction",
         "rlpd": "embodied.learn.rlpd:RLPD",
     },
     "draws": {
@@ -163,6 +167,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "vla": "policies.vla.configs:VLAConfig",
         "uwm": "policies.world.configs:UWMConfig",
         "uva": "policies.world.configs:UVAConfig",
+        "vae": "policies.autoencoder.configs:VAEConfig",
         "lerobot": "policies.lerobot.config:LeRobotConfig",
         "lora": "policies.lora.config:LoRAConfig",
     },
@@ -185,6 +190,8 @@ OPTIONS: dict[str, dict[str, str]] = {
     },
     "latents": {
         "patches": "policies.world.configs:PatchesConfig",
+        "vae": "policies.autoencoder.configs:VAELatentsConfig",
+        "diffusers": "policies.autoencoder.configs:DiffusersLatentsConfig",
     },
     "scorers": {
         "goal": "policies.world.configs:GoalScorerConfig",

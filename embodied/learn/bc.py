@@ -43,6 +43,9 @@ class BC:
     improvement: Mapping[str, Any] = {}
     """Options of the critic that the policy is improved by, None for none, and how."""
 
+    acts = True
+    """Whether what it trains commands a robot."""
+
     needs_density = False
     """Whether the policy must be one that has a density."""
 

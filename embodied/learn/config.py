@@ -64,6 +64,14 @@ class HGDAggerConfig(BCConfig, frozen=True, forbid_unknown_fields=True, kw_only=
     patience: Annotated[float, msgspec.Meta(gt=0)] = 1.5
 
 
+class ReconstructionConfig(BCConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """held_out: nothing is learned from the second episode of each stream, and from every
+    so-manieth after it; 0 holds out none."""
+
+    only_successful: bool = False
+    held_out: Annotated[int, msgspec.Meta(ge=2)] | Literal[0] = 10
+
+
 class ActorCriticConfig(BCConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Options of algorithms that learn a critic beside the policy.
 

@@ -45,6 +45,21 @@ def check_critic(algorithm: BC, n_action_steps: int) -> None:
         algorithm.check_value_range(low, high)
 
 
+def check_actor(algorithm: BC, policy: ChunkConfig, episodes: int) -> None:
+    """Raise ConfigError if the algorithm trains no such policy, or one that commands no robot is
+    to be evaluated in so many episodes."""
+    if policy.acts and not algorithm.acts:
+        raise ConfigError(
+            "algorithm=reconstruction trains autoencoders of pictures, and this policy commands a "
+            "robot: choose algorithm=bc, or policy=vae"
+        )
+    if not policy.acts and (algorithm.acts or episodes):
+        raise ConfigError(
+            "policy=vae is an autoencoder of pictures and commands no robot: it needs "
+            "algorithm=reconstruction, evaluation.episodes=0 and evaluation.final_episodes=0"
+        )
+
+
 def check_density(algorithm: BC, policy: ChunkConfig) -> None:
     """Raise ConfigError if the algorithm needs a density that the policy lacks."""
     if algorithm.needs_density and not policy.has_density:

@@ -17,7 +17,13 @@ from embodied.core.registry import unknown
 from embodied.core.specs import DeviceSpec, PolicySpec
 from embodied.learn.config import LearnerConfig
 from embodied.run.actors_options import ActorsConfig
-from embodied.run.algorithm import check_action_free, check_critic, check_density, make_algorithm
+from embodied.run.algorithm import (
+    check_action_free,
+    check_actor,
+    check_critic,
+    check_density,
+    make_algorithm,
+)
 from embodied.run.gateway_options import GatewayConfig
 from embodied.run.tasks import Tasks, check_robots, device_of, names_of
 from hal.gpus import one_gpu
@@ -183,6 +189,8 @@ def check(config: TrainConfig) -> TrainConfig:
     options = core_config.options_of("policies", config.policy, "policy")
     check_density(algorithm, options)
     check_action_free(algorithm, options, config.sampling)
+    evaluation = config.evaluation
+    check_actor(algorithm, options, max(evaluation.episodes, evaluation.final_episodes))
     by_person = config.actors.teleoperator is not None
     if by_person and not algorithm.collects:
         raise ConfigError(

@@ -37,6 +37,7 @@ class LeRobotConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     has_density: ClassVar[bool] = False
     learns_without_actions: ClassVar[bool] = False
+    acts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Read the folder. ConfigError for one that cannot be used."""

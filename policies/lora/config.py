@@ -36,6 +36,7 @@ class LoRAConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     base_sha256: str | None = None
 
     has_density: ClassVar[bool] = False
+    acts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Find the base. ConfigError if it is not here."""

@@ -4,6 +4,7 @@ M pictures, h w height and width, L tokens, P numbers of a token.
 """
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,15 +17,19 @@ from policies.world.configs import PatchesConfig
 class Latents(nn.Module):
     """Made of its options and the pictures' height and width; its parameters are not trained.
 
-    tokens: L. size: P.
+    config: the options, with what was found of them when it was made. tokens: L. size: P.
     """
 
+    config: Any
     tokens: int
     size: int
 
     @abstractmethod
-    def encode(self, pictures_M3hw: torch.Tensor) -> torch.Tensor:
-        """[M, L, P] of about ±1 from pictures [M, 3, h, w] in −1..1; no gradient is needed."""
+    def encode(self, pictures_M3hw: torch.Tensor, rng: torch.Generator | None) -> torch.Tensor:
+        """[M, L, P] of about ±1 from pictures [M, 3, h, w] in −1..1; no gradient is needed.
+
+        rng: draws what is random of them in training; None for inference.
+        """
 
     @abstractmethod
     def decode(self, tokens_MLP: torch.Tensor) -> torch.Tensor:
@@ -51,8 +56,8 @@ class Patches(Latents):
         self.tokens = self._rows * (picture[1] // side)
         self.size = 3 * config.patch**2
 
-    def encode(self, pictures_M3hw: torch.Tensor) -> torch.Tensor:
-        """See Latents."""
+    def encode(self, pictures_M3hw: torch.Tensor, rng: torch.Generator | None) -> torch.Tensor:
+        """See Latents; nothing of them is random."""
         small = F.avg_pool2d(pictures_M3hw, self.config.shrink)
         return F.pixel_unshuffle(small, self.config.patch).flatten(2).transpose(1, 2)
 

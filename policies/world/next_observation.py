@@ -42,9 +42,14 @@ class NextObservation(nn.Module):
         """N."""
         return sum(tokens * size for tokens, size in self.groups)
 
-    def encode(self, found: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """[B, N] from normalised states [B, S, …] and pictures [B, S, 3, h, w] in 0..1."""
-        return torch.cat([self._encoded(key, found[key]) for key in self.keys], dim=1)
+    def encode(
+        self, found: Mapping[str, torch.Tensor], rng: torch.Generator | None
+    ) -> torch.Tensor:
+        """[B, N] from normalised states [B, S, …] and pictures [B, S, 3, h, w] in 0..1.
+
+        rng: see Latents.
+        """
+        return torch.cat([self._encoded(key, found[key], rng) for key in self.keys], dim=1)
 
     def decode(self, next_BN: torch.Tensor) -> dict[str, torch.Tensor]:
         """Inverse of encode."""
@@ -59,11 +64,11 @@ class NextObservation(nn.Module):
         assert isinstance(found, Latents)
         return found
 
-    def _encoded(self, key: str, value: torch.Tensor) -> torch.Tensor:
+    def _encoded(self, key: str, value: torch.Tensor, rng: torch.Generator | None) -> torch.Tensor:
         if key not in self.cameras:
             return value.flatten(1)
         with torch.no_grad():
-            tokens_MLP = self._of(key).encode(2 * value.flatten(0, 1) - 1)
+            tokens_MLP = self._of(key).encode(2 * value.flatten(0, 1) - 1, rng)
         return tokens_MLP.reshape(len(value), -1)
 
     def _decoded(self, key: str, tokens_BLP: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ B batch, H chunk, D action, S later steps, N numbers of their tokens.
 from collections.abc import Mapping
 from typing import TypeVar
 
+import msgspec
 import torch
 
 from embodied.core.config import component
@@ -20,6 +21,7 @@ from policies.reading import Array, read
 from policies.solvers.base import Solver
 from policies.world.configs import WorldConfig
 from policies.world.forms import FORMS, Form
+from policies.world.latents import Latents
 from policies.world.next_observation import NextObservation
 
 ACTIONS, NEXT_OBS = "actions", "next_obs"
@@ -43,12 +45,19 @@ class WorldPolicy(GenerativePolicy[W]):
         self.solver = self.make_solver()
 
     def make_next(self) -> NextObservation:
-        """The later observations that the options name."""
+        """The later observations that the options name; these then say what their latents are."""
         keys = self.config.future_keys(self.spec.observation)
         make, options = component("latents", self.config.latents, "policy.latents")
         images = self.encoder.images
         sizes = {} if images is None else images.sizes
-        latents = {key: make(options, sizes[key]) for key in keys if key in sizes}
+        shown = [key for key in keys if key in sizes]
+        made: dict[tuple[int, int], Latents] = {}
+        for size in dict.fromkeys(sizes[key] for key in shown):
+            made[size] = make(options, size)
+            found = msgspec.to_builtins(made[size].config)
+            named = {"name": self.config.latents["name"], **found}
+            self.config = msgspec.structs.replace(self.config, latents=named)
+        latents = {key: made[sizes[key]] for key in shown}
         return NextObservation(self.spec, keys, len(self.config.future), latents)
 
     @property
@@ -102,7 +111,7 @@ class WorldPolicy(GenerativePolicy[W]):
         views: Later = {}
         if self.encoder.images is not None:
             views = self.encoder.images.views(self._pictures(later), None)
-        return finite(self._tokens(later, views), NEXT_OBS)
+        return finite(self._tokens(later, views, None), NEXT_OBS)
 
     def _read_later(self, source: Mapping[str, Array], prefix: str, rows: int) -> Later:
         """The later observations [B, S, …] in device units by key."""
@@ -118,11 +127,11 @@ class WorldPolicy(GenerativePolicy[W]):
     def _pictures(self, later: Later) -> Later:
         return {key: later[key] for key in self.next.cameras}
 
-    def _tokens(self, later: Later, views: Later) -> torch.Tensor:
-        """[B, N]; views: of the pictures."""
+    def _tokens(self, later: Later, views: Later, rng: torch.Generator | None) -> torch.Tensor:
+        """[B, N]; views: of the pictures. rng: see Latents."""
         states = later.keys() - views.keys()
         normalised = {key: self.encoder.normalizer(key).normalize(later[key]) for key in states}
-        return self.next.encode(normalised | views)
+        return self.next.encode(normalised | views, rng)
 
     def _observations(self, next_BN: torch.Tensor) -> Later:
         """The next observation by key, in device units; pictures [B, S, h, w, 3] as seen."""

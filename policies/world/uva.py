@@ -287,7 +287,7 @@ class UVA(WorldPolicy[UVAConfig]):
             size = steps * self.spec.observation[key].size
             history[key] = part[:, :size].unflatten(1, shape)
             rest.append(part[:, size:])
-        history_BTLP = self.frames.grid(self.next.encode(history))
+        history_BTLP = self.frames.grid(self.next.encode(history, rng))
         return (history_BTLP, torch.cat(rest, dim=1)), {k: x[:, steps:] for k, x in views.items()}
 
     @property
@@ -302,7 +302,8 @@ class UVA(WorldPolicy[UVAConfig]):
         unseen_B = pads.bool().any(dim=1)
         later = self._read_later(batch, FUTURE, rows)
         seen, views = self._with_later(obs, self._pictures(later), self._training_rng)
-        next_BN = self._tokens(later, views).masked_fill(unseen_B[:, None], 0.0)
+        next_BN = self._tokens(later, views, self._training_rng)
+        next_BN = next_BN.masked_fill(unseen_B[:, None], 0.0)
         return seen, self.frames.grid(finite(next_BN, FUTURE)), unseen_B
 
 

@@ -217,5 +217,5 @@ class UWM(WorldPolicy[UWMConfig]):
         later = self._read_later(batch, FUTURE, rows)
         pictures = self._pictures(later)
         seen_BC, views = self.encoder.with_later(obs, pictures, self._training_rng)
-        next_BN = self._tokens(later, views)
+        next_BN = self._tokens(later, views, self._training_rng)
         return seen_BC, finite(next_BN.masked_fill(unseen_B[:, None], 0.0), FUTURE), unseen_B

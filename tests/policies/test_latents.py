@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from autoencoders import save_diffusers, save_vae
 
 from embodied.core.config import component
 from embodied.core.errors import ConfigError, SpecError
@@ -13,7 +14,12 @@ from embodied.core.specs import ArraySpec, DeviceSpec
 from policies.build import build_policy
 
 STATE, TOP = "observation.state", "observation.images.top"
-SMALL = {"patches": {"name": "patches", "patch": 4}}
+SMALL = {
+    "patches": {"name": "patches", "patch": 4},
+    "vae": {"name": "vae", "patch": 2},
+    "diffusers": {"name": "diffusers", "patch": 2},
+}
+SAVE = {"vae": save_vae, "diffusers": save_diffusers}
 DEVICE = DeviceSpec(
     {STATE: ArraySpec((3,)), TOP: ArraySpec((20, 20, 3), "uint8")},
     ArraySpec((2,), low=(-1.0,), high=(1.0,)),
@@ -57,20 +63,24 @@ def batch_of(rows=4, seed=0):
 
 
 @pytest.mark.parametrize("name", names("latents"))
-def test_every_registered_one_says_its_sizes_and_leads_back(name):
-    made = latents(SMALL[name])
+def test_every_registered_one_says_its_sizes_and_leads_back(name, tmp_path):
+    options = SMALL[name]
+    if name in SAVE:
+        SAVE[name](tmp_path / name)
+        options = {**options, "path": str(tmp_path / name)}
+    made = latents(options)
     pictures = torch.rand(3, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    tokens = made.encode(pictures)
+    tokens = made.encode(pictures, None)
     assert tokens.shape == (3, made.tokens, made.size)
     assert made.decode(tokens).shape == pictures.shape
-    torch.testing.assert_close(made.encode(pictures[1:2])[0], tokens[1])
+    torch.testing.assert_close(made.encode(pictures[1:2], None)[0], tokens[1])
 
 
 def test_patches_are_the_pixels_of_their_places():
     made = latents({"name": "patches", "patch": 4})
     assert (made.tokens, made.size) == (4 * 6, 3 * 16)
     pictures = torch.arange(3 * 16 * 24, dtype=torch.float32).view(1, 3, 16, 24)
-    tokens = made.encode(pictures)
+    tokens = made.encode(pictures, None)
     assert torch.equal(made.decode(tokens), pictures)
     place = pictures[0, :, 4:8, 8:12]
     assert set(tokens[0, 6 + 2].tolist()) == set(place.flatten().tolist())
@@ -80,7 +90,7 @@ def test_shrunk_pictures_come_back_in_blocks():
     made = latents({"name": "patches", "patch": 4, "shrink": 2})
     assert (made.tokens, made.size) == (2 * 3, 3 * 16)
     pictures = torch.rand(1, 3, 16, 24)
-    back = made.decode(made.encode(pictures))
+    back = made.decode(made.encode(pictures, None))
     means = torch.nn.functional.avg_pool2d(pictures, 2)
     torch.testing.assert_close(back[..., ::2, 1::2], means)
     with pytest.raises(ConfigError, match=r"16 × 24 pixels, which patches of 12 do not fill"):
@@ -129,7 +139,7 @@ def test_a_network_that_knows_a_picture_gives_it_back():
     made = policy(crop=1.0)
     picture = batch_of(1)["future." + TOP]
     views = torch.from_numpy(picture).permute(0, 1, 4, 2, 3) / 255
-    clean_BN = made.next.encode({STATE: torch.zeros(1, 2, 3), TOP: views})
+    clean_BN = made.next.encode({STATE: torch.zeros(1, 2, 3), TOP: views}, None)
     alpha_bar_N = made.form.schedule.alpha_bar_N
 
     def both(chunk, time, later, next_time, seen):

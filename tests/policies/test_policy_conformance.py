@@ -21,13 +21,13 @@ def networks(policy):
     return ("",) if alone else names("networks")
 
 
-NEEDS_AN_EXPORT = {"lerobot"}
-"""See test_lerobot_policy.py."""
+APART = {"lerobot", "vae"}
+"""One needs an export (test_lerobot_policy.py), one commands nothing (test_autoencoder.py)."""
 
 CASES = [
     pytest.param((policy, network), marks=[pytest.mark.slow] if policy == "lora" else [])
     for policy in names("policies")
-    if policy not in NEEDS_AN_EXPORT
+    if policy not in APART
     for network in networks(policy)
 ]
 
