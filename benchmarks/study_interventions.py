@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.study_interventions
 
-From few demonstrations, in lockstep, with the scripted supervisor of algorithm=hg_dagger. The
-command goes on where an earlier one ended.
+From few demonstrations, in lockstep, with the scripted supervisor of algorithm=hg_dagger. An
+intervention after which the task is still not done is in vain: it teaches nothing. The command goes
+on where an earlier one ended.
 """
 
 import argparse
@@ -47,17 +48,19 @@ def main() -> None:
     )
     rows = [row for row in run.read("metrics", "actor0") if not row["demonstration"]]
     print(
-        "| episodes | robot steps until then | interventions per 100 episodes | alone successful |"
+        "| episodes | robot steps until then | interventions per 100 episodes | of these in vain | "
+        "alone successful |"
     )
-    print("|---|---|---|---|")
+    print("|---|---|---|---|---|")
     steps = np.cumsum([row["ticks"] for row in rows])
     for start in range(0, len(rows) - BLOCK + 1, BLOCK):
         block = rows[start : start + BLOCK]
         helped = np.mean([row["interventions"] > 0 for row in block])
+        vain = np.mean([row["interventions"] > 0 and not row["success"] for row in block])
         alone = np.mean([row["success"] and not row["interventions"] for row in block])
         print(
             f"| {start + 1}–{start + BLOCK} | {steps[start + BLOCK - 1]} | "
-            f"{100 * helped:.0f} | {100 * alone:.0f} % |"
+            f"{100 * helped:.0f} | {100 * vain:.0f} | {100 * alone:.0f} % |"
         )
 
 

@@ -13,6 +13,8 @@ Real runs of `embodied train`: their actors, buffer, loader, learner and weights
 
 import argparse
 import json
+import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -31,7 +33,8 @@ def run(part: str, folder: Path, step_s: float, *, quick: bool) -> list[Row]:
     if part in PROPORTIONS:
         return proportions.measure(folder, part, step_s, 1 if quick else 5)
     rounds, seconds = (2, 0.5) if quick else (8, 3.0)
-    rows, made, share = utilisation.in_the_run(folder, DEMO, rounds, seconds)
+    overrides = proportions.TASK if quick else DEMO
+    rows, made, share = utilisation.in_the_run(folder, overrides, rounds, seconds)
     return [*rows, *utilisation.bare(made, share, rounds, seconds / 2)]
 
 
@@ -40,10 +43,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="few repetitions: a smoke test")
+    parser.add_argument(
+        "--quick", action="store_true", help="few repetitions, little tasks: a smoke test"
+    )
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between")
     parser.add_argument("--json", type=Path, help="where to keep the rows")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))  # so that what was started ends as well
     wanted = arguments.only.split(",")
     if unknown := set(wanted) - set(PARTS):
         parser.error(f"unknown parts {sorted(unknown)}; known: {', '.join(PARTS)}")

@@ -36,7 +36,7 @@ def main() -> None:
             ticks += 1
         next_s = max(next_s + period_s, time.perf_counter())
         if share < 1:
-            time.sleep(next_s - time.perf_counter())
+            time.sleep(max(0.0, next_s - time.perf_counter()))
 
 
 if __name__ == "__main__":

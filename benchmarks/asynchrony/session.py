@@ -4,6 +4,7 @@ They are stopped by SIGSTOP, the learner together with its loader; nothing else 
 A simulated robot's time stands still with its actor and is not made up for afterwards.
 """
 
+import contextlib
 import os
 import signal
 import time
@@ -14,13 +15,15 @@ from typing import Any, Self
 
 from benchmarks.links.lab import Lab
 from embodied.core.errors import EmbodiedError
+from embodied.run.context import kind_of
 
 LOG_STEPS = 50
 """Gradient steps between two rows of metrics/learner.jsonl."""
 
 SETTLE_S = 0.05
-"""From the learner's row until it is stopped, so that it is not stopped while it publishes. It is
-so in every window: a window of n rows is n × LOG_STEPS steps all the same."""
+"""From a row until its writer is stopped, so that a learner is not stopped while it publishes, an
+actor not while it waits for the buffer. It is so in every window: n rows are n episodes, or
+n × LOG_STEPS steps, all the same."""
 
 ENDLESS = (
     *("learner.steps=1000000000", "algorithm=dagger", "+algorithm.roll_in=1000"),
@@ -30,7 +33,7 @@ ENDLESS = (
 
 _LOOK_S = 0.002
 _PATIENCE_S = 120.0
-_START_S = 300.0
+_START_S = 600.0
 
 
 class Rows:
@@ -102,7 +105,8 @@ class Session:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.go("actor", "learner")
+        with contextlib.suppress(EmbodiedError):
+            self.go("actor", "learner")
         self._lab.__exit__(*error)
 
     def _acts(self) -> bool:
@@ -111,16 +115,22 @@ class Session:
 
     def go(self, *kinds: str) -> None:
         """Let "actor" or "learner" go on, or both; what is not named stops."""
+        ended: list[str] = []
         for name, pid in self.pids.items():
-            kind = name.rstrip("0123456789")
+            kind = kind_of(name)
             if kind in ("actor", "learner"):
                 # Each role leads a group of its own, which the learner's loader belongs to as well.
-                os.killpg(pid, signal.SIGCONT if kind in kinds else signal.SIGSTOP)
+                try:
+                    os.killpg(pid, signal.SIGCONT if kind in kinds else signal.SIGSTOP)
+                except ProcessLookupError:
+                    ended.append(name)
+        if ended:
+            said = (self.run.path / "logs" / f"{ended[0]}.log").read_text().strip()
+            raise EmbodiedError(f"{', '.join(ended)} ended meanwhile: {said}")
 
     def settle(self) -> None:
         """Stop the first actor where an episode ends, the learner where a row is written."""
-        self.go("actor")
-        self.wait(self.episodes, 1)
+        self.generate(1)
         self.learn(1)
 
     def generate(self, count: int) -> float:
@@ -128,6 +138,7 @@ class Session:
         began_s = time.perf_counter()
         self.go("actor")
         self.wait(self.episodes, count)
+        time.sleep(SETTLE_S)
         self.go()
         return time.perf_counter() - began_s
 

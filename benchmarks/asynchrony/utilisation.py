@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks.asynchrony.session import LOG_STEPS, Session, Spent, spent
 from benchmarks.buffer.measure import Row, rate_of, ratio, spread, take_turns
 from embodied.core.config import convert
+from embodied.core.errors import EmbodiedError
 from embodied.core.rundir import RunDir
 from embodied.core.seeds import make_rng
 from embodied.run import build
@@ -31,7 +32,7 @@ LEAST = 0.95
 @dataclass(frozen=True, slots=True)
 class Window:
     """Of a gradient step, in seconds: all, on a core, ready for one. others: share of a core that
-    all other processes of the run had."""
+    the run's other roles had."""
 
     step_s: float
     cpu_s: float
@@ -70,7 +71,7 @@ def in_the_run(
                 kinds = ("actor",) if acts else ()
                 (beside if acts else alone).append(window(session, rows, *kinds))
     actors = statistics.median(b.others - a.others for a, b in zip(alone, beside, strict=True))
-    return table(alone, beside, session.run), session.run, actors
+    return table(alone, beside, session.run), session.run, max(0.0, actors)
 
 
 def table(alone: list[Window], beside: list[Window], run: RunDir) -> list[Row]:
@@ -85,12 +86,13 @@ def table(alone: list[Window], beside: list[Window], run: RunDir) -> list[Row]:
         )
 
     kept = statistics.median(a.step_s / b.step_s for a, b in zip(alone, beside, strict=True))
+    other = 100 * statistics.median(b.others for b in beside)
     timings = run.read("timings", "learner")
     data = statistics.median(row["data_share"] for row in timings)
     said = (
-        f"waits for data {100 * data:.1f} %, publishes {100 * timings[-1]['publish_share']:.1f} %"
+        f"other roles {other:.0f} % of a core; waits for data {100 * data:.1f} %, "
+        f"publishes {100 * timings[-1]['publish_share']:.1f} %"
     )
-    others = f"other processes {100 * statistics.median(b.others for b in beside):.0f} % of a core"
     slow = "of a step's time alone"
     return [
         Row(
@@ -107,7 +109,7 @@ def table(alone: list[Window], beside: list[Window], run: RunDir) -> list[Row]:
             "steps/s",
             kept,
             LEAST,
-            note=f"ratio to alone; {spread([1 / w.step_s for w in beside])}; {others}; {said}",
+            note=f"ratio to alone; {spread([1 / w.step_s for w in beside])}; {said}",
         ),
         Row("a step is longer", "on a core", more(lambda w: w.cpu_s), f"% {slow}"),
         Row("a step is longer", "ready, no core free", more(lambda w: w.ready_s), f"% {slow}"),
@@ -154,6 +156,8 @@ def bare(run: RunDir, share: float, rounds: int, seconds: float) -> list[Row]:
             rate = rate_of(step, seconds)
             if name is not None:
                 neighbours[name].send_signal(signal.SIGSTOP)
+                if (status := neighbours[name].poll()) is not None:
+                    raise EmbodiedError(f"the process {name} ended with {status}")
             return rate
 
         return measure

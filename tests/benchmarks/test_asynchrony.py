@@ -32,12 +32,14 @@ def test_robot_and_gradient_steps_are_in_the_proportion(name, step_s):
 
 
 def test_users_figures_hold_together():
-    for proportion in list(PROPORTIONS.values())[:2]:
+    known = [found for found in PROPORTIONS.values() if found.speedup is not None]
+    assert len(known) == 2
+    for proportion in known:
         both = proportion.generate + proportion.train
-        generated, trained = proportion.speedup
-        # Its synchronous times are generation, training and what is between them.
-        assert 1.0 <= proportion.generate * generated / both < 1.2
-        assert 1.0 <= proportion.train * trained / both < 1.2
+        generated, trained = proportion.speedup or (0.0, 0.0)
+        # Its synchronous times are generation, training and what little is between them.
+        assert 0.98 <= proportion.generate * generated / both < 1.2
+        assert 0.98 <= proportion.train * trained / both < 1.2
 
 
 def test_ratios_are_of_the_same_repetition():
