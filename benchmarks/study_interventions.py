@@ -8,7 +8,9 @@ on where an earlier one ended.
 """
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +20,7 @@ from embodied.core.rundir import RunDir
 SETTINGS = [
     "algorithm=hg_dagger",
     "demonstrations.episodes=5",
+    "sim.horizon=500",  # time for the supervisor's whole script after its patience
     "learner.batch_size=128",
     "learner.publish_every=200",
 ]
@@ -25,7 +28,7 @@ BLOCK = 25
 
 
 def main() -> None:
-    """Train, then print a line for each block of episodes, in Markdown."""
+    """Train, then print the table, in Markdown."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -46,7 +49,11 @@ def main() -> None:
         f"run.dir={run.path}",
         f"run.resume={str(run.exists()).lower()}",
     )
-    rows = [row for row in run.read("metrics", "actor0") if not row["demonstration"]]
+    report([row for row in run.read("metrics", "actor0") if not row["demonstration"]])
+
+
+def report(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print a line for each whole block of episodes that a policy began, given their metrics."""
     print(
         "| episodes | robot steps until then | interventions per 100 episodes | of these in vain | "
         "alone successful |"
