@@ -96,12 +96,12 @@ class Session:
         self._lab.command("train", "-m", "embodied.cli.main", *words)
         try:
             self._lab.until(self._acts, "an episode of a policy has ended", _START_S)
+            started = [event for event in self.run.events() if event["event"] == "role started"]
+            self.pids = {event["role"]: event["pid"] for event in started}
+            self.settle()
         except BaseException:
-            self._lab.__exit__()
+            self.__exit__()
             raise
-        started = [event for event in self.run.events() if event["event"] == "role started"]
-        self.pids = {event["role"]: event["pid"] for event in started}
-        self.settle()
         return self
 
     def __exit__(self, *error: object) -> None:
