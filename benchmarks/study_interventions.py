@@ -2,12 +2,15 @@
 
     OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.study_interventions
 
-From few demonstrations, in lockstep, with the scripted supervisor of algorithm=hg_dagger. The
-command goes on where an earlier one ended.
+From few demonstrations, in lockstep, with the scripted supervisor of algorithm=hg_dagger. An
+intervention after which the task is still not done is in vain: it teaches nothing. The command goes
+on where an earlier one ended.
 """
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +20,7 @@ from embodied.core.rundir import RunDir
 SETTINGS = [
     "algorithm=hg_dagger",
     "demonstrations.episodes=5",
+    "sim.horizon=500",  # time for the supervisor's whole script after its patience
     "learner.batch_size=128",
     "learner.publish_every=200",
 ]
@@ -24,7 +28,7 @@ BLOCK = 25
 
 
 def main() -> None:
-    """Train, then print a line for each block of episodes, in Markdown."""
+    """Train, then print the table, in Markdown."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,19 +49,25 @@ def main() -> None:
         f"run.dir={run.path}",
         f"run.resume={str(run.exists()).lower()}",
     )
-    rows = [row for row in run.read("metrics", "actor0") if not row["demonstration"]]
+    report([row for row in run.read("metrics", "actor0") if not row["demonstration"]])
+
+
+def report(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print a line for each whole block of episodes that a policy began, given their metrics."""
     print(
-        "| episodes | robot steps until then | interventions per 100 episodes | alone successful |"
+        "| episodes | robot steps until then | interventions per 100 episodes | of these in vain | "
+        "alone successful |"
     )
-    print("|---|---|---|---|")
+    print("|---|---|---|---|---|")
     steps = np.cumsum([row["ticks"] for row in rows])
     for start in range(0, len(rows) - BLOCK + 1, BLOCK):
         block = rows[start : start + BLOCK]
         helped = np.mean([row["interventions"] > 0 for row in block])
+        vain = np.mean([row["interventions"] > 0 and not row["success"] for row in block])
         alone = np.mean([row["success"] and not row["interventions"] for row in block])
         print(
             f"| {start + 1}–{start + BLOCK} | {steps[start + BLOCK - 1]} | "
-            f"{100 * helped:.0f} | {100 * alone:.0f} % |"
+            f"{100 * helped:.0f} | {100 * vain:.0f} | {100 * alone:.0f} % |"
         )
 
 

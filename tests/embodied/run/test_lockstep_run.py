@@ -6,7 +6,11 @@ import pytest
 
 from embodied.buffer.read.replay import ReplayReader
 from embodied.cli.main import main
+from embodied.core.config import convert
 from embodied.core.rundir import RunDir
+from embodied.core.seeds import make_rng
+from embodied.run.build import make_sampling
+from embodied.run.config import TrainConfig
 from embodied.weights.store import WeightStore
 
 FAST = [
@@ -82,6 +86,10 @@ def test_dagger_records_corrections_with_the_version_that_acted(finished):
     assert {e.task for e in episodes} == {"pointmass"}
 
 
+def labelled(step):
+    return step.observation["observation.state"].tobytes(), step.action.tobytes()
+
+
 def test_the_better_the_policy_the_fewer_interventions_and_their_steps_are_learned_from(tmp_path):
     watch = ("algorithm=hg_dagger", "demonstrations.episodes=4", "learner.steps=1000")
     quiet = ("evaluation.episodes=0", "evaluation.final_episodes=0", "evaluation.videos=0")
@@ -100,8 +108,21 @@ def test_the_better_the_policy_the_fewer_interventions_and_their_steps_are_learn
     windows = [row["windows"] for row in run.read("metrics", "learner")]
     with ReplayReader(run.buffer) as reader:
         reader.refresh()
-        interventions = sum(e.interventions for e in reader.finished() if e.success)
-    assert windows[0] < windows[-1] <= interventions
+        sampler = make_sampling(convert(run.read_config(), TrainConfig), reader).sampler
+        sampler.refresh()
+        batch = sampler.sample(2000, make_rng(0))
+        useful = [e for e in reader.finished() if e.success]
+        corrected = [e for e in useful if 0 < e.interventions < len(e.rows)]
+        labels = [
+            {labelled(s) for e in part for s in reader.steps(e) if s.intervention}
+            for part in (useful, corrected)
+        ]
+    drawn = {
+        (state[-1].tobytes(), action[0].tobytes())
+        for state, action in zip(batch["observation.state"], batch["action"], strict=True)
+    }
+    assert drawn <= labels[0] and len(drawn & labels[1]) > len(labels[1]) / 2
+    assert windows[0] < windows[-1] <= sum(e.interventions for e in useful)
 
 
 def test_filtered_cloning_learns_from_successes_alone_and_asks_no_expert(tmp_path):
