@@ -43,6 +43,9 @@ class BC:
     improvement: Mapping[str, Any] = {}
     """Options of the critic that the policy is improved by, None for none, and how."""
 
+    proposers = 0
+    """How many processes beside the learner draw chunks that a critic is asked about."""
+
     needs_density = False
     """Whether the policy must be one that has a density."""
 

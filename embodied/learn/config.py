@@ -110,6 +110,7 @@ class PARLConfig(ActorCriticConfig, frozen=True, forbid_unknown_fields=True, kw_
 
     improvement: options of ImprovementConfig. proposals_age: for how many gradient steps what the
     policy proposed for an observation is used again in backups and distillation; 0 draws each time.
+    proposers: processes beside the learner that draw again what is older; 0: the learner does.
     distil_learning_rate; distil_temperature: see ImprovementConfig. distil_data: whether the
     recorded action is among the candidates. conservatism: weight α of the regulariser of Cal-QL in
     the critic's loss, 0 for none: by how much other actions are held below the recorded ones;
@@ -117,12 +118,21 @@ class PARLConfig(ActorCriticConfig, frozen=True, forbid_unknown_fields=True, kw_
     """
 
     proposals_age: Count = 200
+    proposers: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
     improvement: dict[str, Any] = msgspec.field(default_factory=lambda: {})
     distil_learning_rate: Rate = 1e-4
     distil_temperature: Rate | None = 0.5
     distil_data: bool = True
     conservatism: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     conservatism_actions: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 10
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for processes that would have nothing to do."""
+        if self.proposers and not self.proposals_age:
+            raise ConfigError(
+                f"algorithm.proposers={self.proposers} draw anew what is older than "
+                "algorithm.proposals_age, and 0 keeps nothing: raise it, or set proposers=0"
+            )
 
 
 class IDQLConfig(ActorCriticConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -178,6 +178,11 @@ def check(config: TrainConfig) -> TrainConfig:
     if config.reward is not None:
         found, task = family.find(config.task)
         make_reward(config.reward, found.make_driver(task, config.sim).spec, config.actors.operator)
+    if algorithm.proposers and config.run.mode == "lockstep":
+        raise ConfigError(
+            "run.mode=lockstep repeats bit for bit; when processes beside the learner answer does "
+            "not: set algorithm.proposers=0"
+        )
     learner = config.learner
     if config.run.mode == "lockstep" and learner.minutes is not None:
         raise ConfigError(
