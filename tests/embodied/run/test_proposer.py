@@ -22,7 +22,7 @@ from embodied.weights.store import WeightStore
 from policies.checkpoint import policy_state
 
 SMALL = [
-    *("task=pointmass", "algorithm=parl", "sim.horizon=60", "actors.count=1", "actors.speed=10"),
+    *("task=pointmass", "algorithm=parl", "sim.horizon=60", "actors.count=1", "actors.speed=2"),
     *("demonstrations.episodes=4", "policy.n_obs_steps=1", "policy.horizon=8"),
     *("policy.n_action_steps=4", "policy.num_steps=2", "+policy.network.width=32"),
     *("+policy.network.depth=1", "buffer.segment_mib=1", "algorithm.cloning_steps=40"),
@@ -136,7 +136,7 @@ def test_a_run_outlives_its_proposer_and_its_learner_and_leaves_neither(tmp_path
     run = RunDir(tmp_path / "run")
     command = [sys.executable, "-m", "embodied.cli.main", "train", *SMALL, f"run.dir={run.path}"]
     process = subprocess.Popen(
-        [*command, "learner.steps=500"],
+        [*command, "learner.steps=300"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -159,7 +159,7 @@ def test_a_run_outlives_its_proposer_and_its_learner_and_leaves_neither(tmp_path
         first = proposer_of(run)
         os.kill(first, signal.SIGKILL)
         second = wait_for(lambda: proposer_of(run, but=[first]), process)
-        wait_for(lambda: reached(200), process)
+        wait_for(lambda: reached(150), process)
         os.kill(learners()[0], signal.SIGKILL)
         wait_for(lambda: not Path(f"/proc/{second}").exists(), process)
         output, _ = process.communicate(timeout=400)
@@ -172,7 +172,7 @@ def test_a_run_outlives_its_proposer_and_its_learner_and_leaves_neither(tmp_path
     assert reasons == [f"process {first}, which proposes chunks, ended with status -9"]
     assert len(learners()) == 2
     last = run.read("metrics", "learner")[-1]
-    assert last["step"] == 500 and last["proposals_age"] > 0 and last["proposals_drawn"] < 32
+    assert last["step"] == 300 and last["proposals_age"] > 0 and last["proposals_drawn"] < 32
 
 
 @pytest.mark.parametrize(
