@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,9 +23,11 @@ import numpy as np
 from embodied.comms.channels import error_reply
 from embodied.comms.pair import PairEnd
 from embodied.core.errors import CorruptDataError, LinkError
+from embodied.core.processes import die_with_parent
 from embodied.learn.proposers import REQUESTS, Proposed
 
 gate, parent, link = sys.argv[1:]
+die_with_parent(int(parent))
 end = PairEnd(socket.socket(fileno=int(link)), REQUESTS)
 try:
     while True:
@@ -43,6 +46,22 @@ try:
         end.send(request.id, Proposed(), {"chunks": chunks})
 except LinkError:
     pass
+"""
+
+_LEARN = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from embodied.learn.proposers import Proposers
+from embodied.weights.store import WeightStore
+
+store = WeightStore(Path(sys.argv[1]))
+proposers = Proposers(sys.argv[2:], 1, proposals=2, seed=1, weights=store)
+proposers.ask({b"1": 1}, 5, lambda keys: {"observation.state": np.ones((1, 1, 1), np.float32)})
+while not proposers.pids:
+    time.sleep(0.01)
+print(*proposers.pids, flush=True)
+time.sleep(600)
 """
 
 
@@ -159,6 +178,20 @@ def test_closing_waits_for_no_answer_and_leaves_no_process(start):
     proposers.close()
     assert time.monotonic() - started_s < 5.0 and not Path(f"/proc/{pid}").exists()
     proposers.close()
+
+
+@pytest.mark.slow
+def test_a_killed_learner_leaves_no_process(tmp_path, gate, asked):
+    """While it is at work: it looks at no link then."""
+    command = [sys.executable, "-c", _SERVE, str(gate)]
+    weights = str(tmp_path / "weights")
+    with subprocess.Popen(
+        [sys.executable, "-c", _LEARN, weights, *command], stdout=subprocess.PIPE, text=True
+    ) as learner:
+        pid = learner.stdout.readline().strip()
+        wait_for(asked)
+        learner.kill()
+        wait_for(lambda: not Path(f"/proc/{pid}").exists())
 
 
 def test_weights_are_offered_once(start, tmp_path):

@@ -132,11 +132,11 @@ def wait_for(condition, process, timeout_s=280.0):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_run_outlives_its_proposer_and_its_learner_and_leaves_neither(tmp_path):
+def test_a_run_outlives_its_proposer_and_leaves_none(tmp_path):
     run = RunDir(tmp_path / "run")
     command = [sys.executable, "-m", "embodied.cli.main", "train", *SMALL, f"run.dir={run.path}"]
     process = subprocess.Popen(
-        [*command, "learner.steps=300"],
+        [*command, "learner.steps=200"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -147,21 +147,11 @@ def test_a_run_outlives_its_proposer_and_its_learner_and_leaves_neither(tmp_path
         rows = run.read("metrics", "learner")
         return bool(rows) and rows[-1]["step"] >= step
 
-    def learners():
-        return [
-            event["pid"]
-            for event in run.events()
-            if event["event"] == "role started" and event["role"] == "learner"
-        ]
-
     try:
         wait_for(lambda: reached(100), process)
         first = proposer_of(run)
         os.kill(first, signal.SIGKILL)
-        second = wait_for(lambda: proposer_of(run, but=[first]), process)
-        wait_for(lambda: reached(150), process)
-        os.kill(learners()[0], signal.SIGKILL)
-        wait_for(lambda: not Path(f"/proc/{second}").exists(), process)
+        wait_for(lambda: proposer_of(run, but=[first]), process)
         output, _ = process.communicate(timeout=400)
     finally:
         if process.poll() is None:
@@ -170,9 +160,8 @@ def test_a_run_outlives_its_proposer_and_its_learner_and_leaves_neither(tmp_path
     assert not processes(run)
     reasons = [e["reason"] for e in run.events() if e["event"] == "proposer restarted"]
     assert reasons == [f"process {first}, which proposes chunks, ended with status -9"]
-    assert len(learners()) == 2
     last = run.read("metrics", "learner")[-1]
-    assert last["step"] == 300 and last["proposals_age"] > 0 and last["proposals_drawn"] < 32
+    assert last["step"] == 200 and last["proposals_age"] > 0 and last["proposals_drawn"] < 32
 
 
 @pytest.mark.parametrize(
