@@ -76,6 +76,7 @@ def measure(config: TrainConfig, folder: Path, steps: int) -> dict[str, float]:
         drawn = batches(spec, config.learner.batch_size)
         for _ in range(WARM_UP):
             learner.update(next(drawn))
+        metrics: dict[str, float] = {}
         started_s = time.perf_counter()
         for _ in range(steps):
             metrics = learner.update(next(drawn))
@@ -84,7 +85,7 @@ def measure(config: TrainConfig, folder: Path, steps: int) -> dict[str, float]:
 
 def main() -> None:
     """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--processes", type=int, nargs="+", default=[0, 1])

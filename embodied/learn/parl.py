@@ -37,7 +37,7 @@ class PARL(ActorCritic):
     def updates(
         self, policy: Any, options: LearnerConfig, seed: int, proposers: Proposers | None = None
     ) -> Updates:
-        """See BC; the policy is an improved one. proposers: who draws anew in the learner's place."""
+        """See BC; the policy is an improved one. proposers: who draws in the learner's place."""
         from embodied.learn.updates.parl import PARLUpdates
 
         return PARLUpdates(policy, self._options, options, seed, proposers)

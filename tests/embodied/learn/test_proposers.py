@@ -188,6 +188,7 @@ def test_a_killed_learner_leaves_no_process(tmp_path, gate, asked):
     with subprocess.Popen(
         [sys.executable, "-c", _LEARN, weights, *command], stdout=subprocess.PIPE, text=True
     ) as learner:
+        assert learner.stdout is not None
         pid = learner.stdout.readline().strip()
         wait_for(asked)
         learner.kill()
