@@ -46,6 +46,9 @@ class BC:
     acts = True
     """Whether what it trains commands a robot."""
 
+    proposers = 0
+    """How many processes beside the learner draw chunks that a critic is asked about."""
+
     needs_density = False
     """Whether the policy must be one that has a density."""
 

@@ -118,6 +118,7 @@ class PARLConfig(ActorCriticConfig, frozen=True, forbid_unknown_fields=True, kw_
 
     improvement: options of ImprovementConfig. proposals_age: for how many gradient steps what the
     policy proposed for an observation is used again in backups and distillation; 0 draws each time.
+    proposers: processes beside the learner that draw again what is older; 0: the learner does.
     distil_learning_rate; distil_temperature: see ImprovementConfig. distil_data: whether the
     recorded action is among the candidates. distil_successes: distil only situations from which
     more was earned than the least possible; of episodes without a success, none. conservatism:
@@ -127,6 +128,7 @@ class PARLConfig(ActorCriticConfig, frozen=True, forbid_unknown_fields=True, kw_
     """
 
     proposals_age: Count = 200
+    proposers: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
     improvement: dict[str, Any] = msgspec.field(default_factory=lambda: {})
     distil_learning_rate: Rate = 1e-4
     distil_temperature: Rate | None = 0.5
@@ -134,6 +136,14 @@ class PARLConfig(ActorCriticConfig, frozen=True, forbid_unknown_fields=True, kw_
     distil_successes: bool = False
     conservatism: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     conservatism_actions: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 10
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for processes that would have nothing to do."""
+        if self.proposers and not self.proposals_age:
+            raise ConfigError(
+                f"algorithm.proposers={self.proposers} draw anew what is older than "
+                "algorithm.proposals_age, and 0 keeps nothing: raise it, or set proposers=0"
+            )
 
 
 class IDQLConfig(ActorCriticConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -11,6 +11,7 @@ from embodied.learn.actor_critic import ActorCritic
 from embodied.learn.config import LearnerConfig, PARLConfig
 
 if TYPE_CHECKING:
+    from embodied.learn.proposers import Proposers
     from embodied.learn.updates.base import Updates
 
 
@@ -26,6 +27,7 @@ class PARL(ActorCritic):
         super().__init__(config)
         self._options = config
         self.improvement = config.improvement
+        self.proposers = config.proposers
 
     def windows(self, spec: WindowSpec, n_action_steps: int) -> WindowSpec:
         """See ActorCritic; with returns to go if something asks what an episode came to."""
@@ -34,8 +36,10 @@ class PARL(ActorCritic):
         windows = super().windows(spec, n_action_steps)
         return msgspec.structs.replace(windows, return_to_go=asked)
 
-    def updates(self, policy: Any, options: LearnerConfig, seed: int) -> Updates:
-        """See BC; the policy is an improved one."""
+    def updates(
+        self, policy: Any, options: LearnerConfig, seed: int, proposers: Proposers | None = None
+    ) -> Updates:
+        """See BC; the policy is an improved one. proposers: who draws in the learner's place."""
         from embodied.learn.updates.parl import PARLUpdates
 
-        return PARLUpdates(policy, self._options, options, seed)
+        return PARLUpdates(policy, self._options, options, seed, proposers)

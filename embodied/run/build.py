@@ -21,6 +21,7 @@ from embodied.core.protocols import Policy
 from embodied.core.rundir import RunDir
 from embodied.core.seeds import derive_seed
 from embodied.core.specs import DeviceSpec, PolicySpec
+from embodied.learn.parl import PARL
 from embodied.run.algorithm import critic_options, improvement_options, make_algorithm
 from embodied.run.config import DemonstrationsConfig, TrainConfig, read_keys
 from embodied.run.evaluate import summarise_tasks
@@ -38,6 +39,7 @@ from sim.family import SimConfig
 
 if TYPE_CHECKING:  # they load torch, which not every role needs
     from embodied.learn.learner import PolicyFormat
+    from embodied.learn.proposers import Proposers
     from embodied.learn.trainer import StartLoader, Trainer
     from policies.acting import InferenceConfig
     from policies.inference.policy import ActingPolicy
@@ -96,7 +98,7 @@ def task_words(task: str) -> str:
     return found.make_task(name, SimConfig()).instruction
 
 
-def policy_format(config: TrainConfig) -> PolicyFormat:
+def policy_format(config: TrainConfig, proposers: Proposers | None = None) -> PolicyFormat:
     """How the run's policies are made, are trained, and become data and come back."""
     from embodied.learn.learner import PolicyFormat
     from policies.build import build_critic, build_policy
@@ -128,7 +130,11 @@ def policy_format(config: TrainConfig) -> PolicyFormat:
     observation = device_spec(config).observation
     states = [key for key in windows.observation_keys if not is_image(key, observation[key])]
     keys = (*states, "action")
-    return PolicyFormat(keys, make, policy_state, policy_from_state, algorithm.updates)
+    updates = algorithm.updates
+    if proposers is not None:
+        assert isinstance(algorithm, PARL), algorithm
+        updates = partial(algorithm.updates, proposers=proposers)
+    return PolicyFormat(keys, make, policy_state, policy_from_state, updates)
 
 
 def make_trainer(
@@ -137,9 +143,10 @@ def make_trainer(
     on_metrics: Callable[[dict[str, Any]], None],
     start_loader: StartLoader | None = None,
     governor: PublishGovernor | None = None,
+    proposers: Proposers | None = None,
 ) -> Trainer:
     """The learner's side of the run; with start_loader, its batches come from that process; with
-    a governor, that says when weights go out."""
+    a governor, that says when weights go out; with proposers, they draw chunks beside it."""
     from embodied.learn.publishing import Publisher
     from embodied.learn.trainer import Trainer
 
@@ -151,7 +158,7 @@ def make_trainer(
         ),
         checkpoint=run.checkpoints,
         open_sampling=lambda reader: make_sampling(config, reader),
-        policy_format=policy_format(config),
+        policy_format=policy_format(config, proposers),
         algorithm=make_algorithm(config.algorithm),
         config=config.learner,
         seed=config.seed,

@@ -201,6 +201,11 @@ def check(config: TrainConfig) -> TrainConfig:
     if config.reward is not None:
         device = device_of(config.tasks, config.sim)
         make_reward(config.reward, device, config.actors.operator)
+    if algorithm.proposers and config.run.mode == "lockstep":
+        raise ConfigError(
+            "run.mode=lockstep repeats bit for bit; when processes beside the learner answer does "
+            "not: set algorithm.proposers=0"
+        )
     learner = config.learner
     if config.run.mode == "lockstep" and learner.minutes is not None:
         raise ConfigError(

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -40,6 +41,10 @@ class Optimisers(Protocol):
 
     def descend(self, group: str, loss: torch.Tensor, learning_rate: float) -> float:
         """One step of a group's optimiser down the loss; returns the gradient's norm."""
+        ...
+
+    def weights(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Configuration and arrays of the policy with averaged parameters."""
         ...
 
     def averaged(self) -> AbstractContextManager[None]:

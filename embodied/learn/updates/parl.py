@@ -13,6 +13,7 @@ import torch
 from embodied.buffer.sample.windows import FUTURE_IS_PAD, RETURN_TO_GO
 from embodied.core.seeds import derive_seed
 from embodied.learn.config import LearnerConfig, PARLConfig
+from embodied.learn.proposers import Proposers
 from embodied.learn.updates.base import Batch, Optimisers
 from embodied.learn.updates.calql import calibrated
 from embodied.learn.updates.critic import CriticUpdates, following
@@ -29,12 +30,25 @@ class PARLUpdates(CriticUpdates):
 
     setting = "algorithm.distil_learning_rate"
 
-    def __init__(self, policy: Any, options: PARLConfig, learner: LearnerConfig, seed: int) -> None:
-        """policy: also with `optimised`."""
+    def __init__(
+        self,
+        policy: Any,
+        options: PARLConfig,
+        learner: LearnerConfig,
+        seed: int,
+        proposers: Proposers | None = None,
+    ) -> None:
+        """policy: also with `optimised`. proposers: see ProposalCache."""
         super().__init__(policy, options, learner, seed)
         self._options = options
         self._seed = seed
-        self._proposals = ProposalCache(options.proposals_age)
+        self._proposals = ProposalCache(options.proposals_age, proposers)
+        self._proposers = proposers
+
+    def step(self, batch: Batch, optimisers: Optimisers, step: int) -> dict[str, float]:
+        """See CriticUpdates; with proposers, also how old the proposals were."""
+        metrics = super().step(batch, optimisers, step)
+        return {**metrics, **self._proposals.metrics()}
 
     def _criticise(self, batch: Batch, optimisers: Optimisers, step: int) -> dict[str, float]:
         observation = following(batch)
@@ -119,6 +133,8 @@ class PARLUpdates(CriticUpdates):
             with optimisers.averaged():
                 return self._policy.policy.sample(chosen, count, seed=own_seed)
 
+        if self._proposers is not None:
+            self._proposers.offer(optimisers.weights, step)
         return self._proposals.of(observation, step, draw)
 
     def tensors(self) -> Mapping[str, torch.Tensor]:

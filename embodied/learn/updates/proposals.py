@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 
+from embodied.learn.proposers import Proposers
 from embodied.learn.updates.base import Batch
 
 _KEY_BYTES = 16
@@ -23,35 +24,79 @@ class ProposalCache:
     Mark et al. 2024 (arXiv:2412.06685), section 5: policies that are dear to sample are not sampled
     at each gradient step. Proposals are drawn again once they are `age` gradient steps old, 0 for
     each time; once they need more than `most_bytes`, what was drawn longest ago makes room.
+
+    With proposers (an age is needed then) only missing ones are drawn here; old ones are asked for
+    elsewhere and used until new ones come, whose age counts from when they were asked for.
     """
 
-    def __init__(self, age: int, most_bytes: int = 256 << 20) -> None:
+    def __init__(
+        self, age: int, proposers: Proposers | None = None, most_bytes: int = 256 << 20
+    ) -> None:
         self._age = age
+        self._proposers = proposers
         self._most_bytes = most_bytes
         self._made: dict[bytes, tuple[int, torch.Tensor]] = {}
+        self._ages: list[int] = []
+        self._drawn = 0
 
     def of(self, observation: Batch, step: int, draw: Draw) -> torch.Tensor:
-        """Proposals [B, n, H, D] for observations [B, To, …], those that are missing or old drawn
-        now."""
+        """Proposals [B, n, H, D] for observations [B, To, …], those that are missing, and old ones
+        unless there are proposers, drawn now."""
         if not self._age:
             return draw(observation)
         keys = _keys(observation)
+        if self._proposers is not None:
+            self._take(self._proposers, next(iter(observation.values())).device)
         rows = {key: row for row, key in enumerate(keys) if not self._fresh(key, step)}
+        if self._proposers is not None:
+            self._ask(self._proposers, observation, rows, step)
+            rows = {key: row for key, row in rows.items() if key not in self._made}
+            self._drawn += len(rows)
         if rows:
-            chosen = torch.tensor(list(rows.values()))
-            drawn = draw({key: x[chosen.to(x.device)] for key, x in observation.items()})
+            drawn = draw(_chosen(observation, list(rows.values())))
             for key, proposals in zip(rows, drawn, strict=True):
-                self._made.pop(key, None)
-                self._made[key] = (step, proposals.clone())
+                self._keep(key, step, proposals)
+        if self._proposers is not None:
+            self._ages += [step - self._made[key][0] for key in keys]
         found = torch.stack([self._made[key][1] for key in keys])
         most = self._most_bytes // found[0].nbytes
         while len(self._made) > most:
             del self._made[next(iter(self._made))]
         return found
 
+    def metrics(self) -> dict[str, float]:
+        """With proposers, since the last call: the mean age of what was used, in gradient steps,
+        and how many observations were drawn for here."""
+        if not self._ages:
+            return {}
+        found = {"proposals_age": float(np.mean(self._ages)), "proposals_drawn": float(self._drawn)}
+        self._ages, self._drawn = [], 0
+        return found
+
     def _fresh(self, key: bytes, step: int) -> bool:
         made = self._made.get(key)
         return made is not None and step - made[0] < self._age
+
+    def _keep(self, key: bytes, step: int, proposals: torch.Tensor) -> None:
+        self._made.pop(key, None)
+        self._made[key] = (step, proposals.clone())
+
+    def _take(self, proposers: Proposers, device: torch.device) -> None:
+        for answer in proposers.take():
+            chunks = torch.tensor(answer.chunks, device=device)
+            for key, step, proposals in zip(answer.keys, answer.steps, chunks, strict=True):
+                self._keep(key, step, proposals)
+
+    def _ask(
+        self, proposers: Proposers, observation: Batch, rows: Mapping[bytes, int], step: int
+    ) -> None:
+        made = {key: self._made[key][0] for key in rows if key in self._made}
+
+        def observe(keys: list[bytes]) -> dict[str, np.ndarray]:
+            found = _chosen(observation, [rows[key] for key in keys])
+            return {name: x.cpu().numpy() for name, x in found.items()}
+
+        proposers.ask(made, step, observe)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All of it, to continue with."""
@@ -73,6 +118,11 @@ class ProposalCache:
         chunks = tensors["chunks"].to(device)
         for key, step, proposals in zip(keys, tensors["steps"].tolist(), chunks, strict=True):
             self._made[key] = (step, proposals.clone())
+
+
+def _chosen(observation: Batch, rows: list[int]) -> dict[str, torch.Tensor]:
+    index = torch.tensor(rows)
+    return {key: x[index.to(x.device)] for key, x in observation.items()}
 
 
 def _keys(observation: Batch) -> list[bytes]:

@@ -2,11 +2,13 @@
 
 import os
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 from embodied.core.errors import ConfigError
+from embodied.learn.proposers import Proposers
 from embodied.run import build
+from embodied.run.algorithm import make_algorithm
 from embodied.run.context import Context, Stop
 from embodied.run.feedback import PublishFeedback
 from embodied.run.loader import RunLoader
@@ -18,14 +20,19 @@ _IDLE_S = 0.05
 
 def learner_role(context: Context) -> None:
     """Gradient steps until the budget is used up; publishes weights and checkpoints."""
-    if not context.config.buffer.loader:
-        _train(context, None)
-        return
-    with closing(RunLoader(context.run)) as loader:
-        _train(context, loader)
+    run, config = context.run, context.config
+    loader = proposers = None
+    with ExitStack() as started:
+        if config.buffer.loader:
+            loader = started.enter_context(closing(RunLoader(run)))
+        if make_algorithm(config.algorithm).proposers:
+            from embodied.run.proposer import start_proposers
+
+            proposers = started.enter_context(closing(start_proposers(run, config)))
+        _train(context, loader, proposers)
 
 
-def _train(context: Context, loader: RunLoader | None) -> None:
+def _train(context: Context, loader: RunLoader | None, proposers: Proposers | None) -> None:
     import torch
 
     run, config = context.run, context.config
@@ -43,7 +50,7 @@ def _train(context: Context, loader: RunLoader | None) -> None:
         run.metrics("learner", row)
 
     governor = PublishGovernor(config.learner.governor)
-    trainer = build.make_trainer(run, config, on_metrics, loader, governor)
+    trainer = build.make_trainer(run, config, on_metrics, loader, governor, proposers)
     wanted = build.demonstrations_wanted(config)
     while (found := trainer.demonstrations()) < wanted:
         context.check(state="waiting", demonstrations=found)
