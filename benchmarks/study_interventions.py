@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.study_improvement.cells import FLOW, SIMILAR, call
+from benchmarks.study_improvement.cells import FLOW, SIMILAR, STEPS_PER_ROUND, call
 from embodied.core.rundir import RunDir
 
 SETTINGS = [
@@ -43,6 +43,7 @@ def main() -> None:
         f"task={options.task}",
         f"seed={options.seed}",
         *SIMILAR,
+        f"actors.ticks_per_round={STEPS_PER_ROUND}",
         *FLOW,
         *SETTINGS,
         f"learner.steps={options.steps}",

@@ -10,7 +10,7 @@ earlier one ended, and prints the tables of what is there; --tasks, --contenders
 
 import argparse
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
@@ -48,29 +48,40 @@ def main() -> None:
     outcomes: dict[Cell, Judged] = {}
     trained = [cell for cell in cells if not CONTENDERS[cell.contender].averaged]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        for done in chain(_done(pool, trained), _done(pool, [*{*cells} - {*trained}])):
-            cell, judged, seconds = done
+        for cell, done in chain(_done(pool, trained), _done(pool, [*{*cells} - {*trained}])):
+            named = f"{cell.task}, {cell.contender}, seed {cell.seed}"
+            try:
+                judged, seconds = done.result()
+            except SystemExit as error:  # the others go on; what failed is left out of the table
+                print(f"{named}: {error}", flush=True)
+                continue
             outcomes[cell] = judged
             print(
-                f"{cell.task}, {cell.contender}, seed {cell.seed}: {sum(judged.success)} of "
-                f"{len(judged.success)}, {np.mean(judged.ticks):.0f} ticks, after {judged.steps} "
-                f"steps; {seconds:.0f} s",
+                f"{named}: {sum(judged.success)} of {len(judged.success)}, "
+                f"{np.mean(judged.ticks):.0f} ticks, after {judged.steps} steps; {seconds:.0f} s",
                 flush=True,
             )
     found = {
         (task, contender): [
-            outcomes[cell] for cell in cells if (cell.task, cell.contender) == (task, contender)
+            outcomes[cell]
+            for cell in cells
+            if (cell.task, cell.contender) == (task, contender) and cell in outcomes
         ]
         for task in tasks
         for contender in contenders
     }
     report(found, tasks, contenders)
+    if len(outcomes) < len(cells):
+        raise SystemExit(f"{len(cells) - len(outcomes)} of {len(cells)} are missing; see above")
 
 
-def _done(pool: ProcessPoolExecutor, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Judged, float]]:
+def _done(
+    pool: ProcessPoolExecutor, cells: Sequence[Cell]
+) -> Iterator[tuple[Cell, "Future[tuple[Judged, float]]"]]:
     """As they are ready."""
-    for done in as_completed([pool.submit(work, cell, STATES) for cell in cells]):
-        yield done.result()
+    begun = {pool.submit(work, cell, STATES): cell for cell in cells}
+    for done in as_completed(begun):
+        yield begun[done], done
 
 
 def report(
@@ -81,15 +92,17 @@ def report(
     print("|" + "---|" * (len(contenders) + 2))
     for task in tasks:
         shown = [found[task, contender] for contender in contenders]
-        length = np.mean([judged.demonstrated for group in shown for judged in group])
+        length = np.mean([judged.demonstrated for group in shown for judged in group] or [np.nan])
         print(f"| {task} | {length:.0f} | " + " | ".join(map(said, shown)) + " |")
     print("\nSuccess with its 95 % interval, mean ticks of all episodes, and success by seed.")
     for contender in contenders:
         if BASIS not in contenders or contender == BASIS:
             continue
+        pairs = [(found[task, BASIS], found[task, contender]) for task in tasks]
+        if any(len(basis) != len(other) for basis, other in pairs):
+            continue
         leads = [
-            np.concatenate([one.success for task in tasks for one in found[task, name]])
-            for name in (BASIS, contender)
+            np.concatenate([one.success for pair in pairs for one in pair[side]]) for side in (0, 1)
         ]
         mean, low, high = paired_bootstrap(list(leads[0]), list(leads[1]))
         print(
@@ -100,6 +113,8 @@ def report(
 
 def said(group: Sequence[Judged]) -> str:
     """A cell of the table: all seeds together, then each."""
+    if not group:
+        return "–"
     outcomes = np.concatenate([judged.success for judged in group])
     low, high = wilson(int(outcomes.sum()), len(outcomes))
     each = ", ".join(str(sum(judged.success)) for judged in group)

@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.study_improvement.judging import Judged, judge
 from embodied.core.rundir import RunDir
 
-TICKS_PER_ROUND = 100
+STEPS_PER_ROUND = 100
 CLONING, OFFLINE = 2000, 3000
 
 
@@ -19,22 +19,23 @@ class Setting:
     """Demonstrations of a task, and how long the policy may act.
 
     episodes: of the demonstrations, all successful. noise: of the expert's actions. horizon:
-    ticks of an episode at most. budget: robot steps.
+    ticks of an episode at most. budget: robot steps. per_update: robot steps to a gradient step.
     """
 
     episodes: int
     noise: float
     horizon: int
     budget: int
+    per_update: int = 1
 
 
 SETTINGS = {
     "drawer-open": Setting(20, 1.0, 150, 10_000),
     "door-open": Setting(20, 1.0, 125, 10_000),
     "window-open": Setting(20, 1.3, 150, 10_000),
-    "pick-place": Setting(20, 0.5, 150, 50_000),
-    "basketball": Setting(20, 0.3, 150, 50_000),
-    "peg-insert-side": Setting(20, 0.3, 200, 50_000),
+    "pick-place": Setting(20, 0.5, 150, 50_000, 2),
+    "basketball": Setting(20, 0.3, 150, 50_000, 2),
+    "peg-insert-side": Setting(20, 0.3, 200, 50_000, 2),
 }
 """From screening.py."""
 
@@ -43,8 +44,7 @@ SIMILAR = [
     "actors.count=1",
     "actors.rows=1",
     "actors.speed=0",
-    f"actors.ticks_per_round={TICKS_PER_ROUND}",
-    f"learner.steps_per_round={TICKS_PER_ROUND}",
+    f"learner.steps_per_round={STEPS_PER_ROUND}",
     "learner.batch_size=128",
     "learner.publish_every=500",
     "evaluation.episodes=0",
@@ -72,10 +72,12 @@ LEARNING = [
 PARL = [
     "algorithm=parl",
     *LEARNING,
-    "algorithm.proposals_age=200",
-    "algorithm.distil_learning_rate=1.0e-4",
+    "algorithm.proposals_age=1000",
+    "algorithm.distil_learning_rate=3.0e-4",
     "algorithm.distil_temperature=0.5",
+    "algorithm.distil_successes=true",
     "algorithm.improvement.proposals=8",
+    "algorithm.improvement.mean=true",
     "algorithm.improvement.kept=8",
     "algorithm.improvement.step_size=1.0e-2",
 ]
@@ -143,7 +145,8 @@ class Cell:
         if contender.averaged:
             Cell(self.root, self.task, self.setting, "clone", self.seed).train()
             return
-        steps = contender.before + (self.setting.budget if contender.acts else 0)
+        setting = self.setting
+        steps = contender.before + contender.acts * setting.budget // setting.per_update
         newest = [row["step"] for row in self.run.read("timings", "learner") if "step" in row]
         if newest and newest[-1] >= steps:
             return
@@ -151,10 +154,11 @@ class Cell:
             "train",
             f"task=metaworld/{self.task}",
             f"seed={self.seed}",
-            f"sim.horizon={self.setting.horizon}",
-            f"demonstrations.episodes={self.setting.episodes}",
-            f"demonstrations.noise={self.setting.noise}",
+            f"sim.horizon={setting.horizon}",
+            f"demonstrations.episodes={setting.episodes}",
+            f"demonstrations.noise={setting.noise}",
             *SIMILAR,
+            f"actors.ticks_per_round={STEPS_PER_ROUND * setting.per_update}",
             *contender.overrides,
             f"learner.steps={steps}",
             f"run.dir={self.run.path}",
@@ -162,11 +166,11 @@ class Cell:
         )
 
 
-def work(cell: Cell, states: range) -> tuple[Cell, Judged, float]:
-    """Train it and judge it; also the seconds that took now."""
+def work(cell: Cell, states: range) -> tuple[Judged, float]:
+    """Train it and judge it; also the seconds that took now. SystemExit if it cannot be trained."""
     started_s = time.monotonic()
     cell.train()
-    return cell, cell.judged(states), time.monotonic() - started_s
+    return cell.judged(states), time.monotonic() - started_s
 
 
 def call(command: str, *overrides: str) -> None:

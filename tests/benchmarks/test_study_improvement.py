@@ -33,6 +33,9 @@ def test_the_report_pairs_the_same_states_of_the_same_seeds(capsys):
     assert "| door | 50 | 75.0 % (30–95), 25; [2, 1] | 25.0 % (5–70), 50; [0, 1] |" in printed
     assert "PA-RL − clone: +50.0 points (95 % +0.0 to +100.0)" in printed
     assert said(found["door", "PA-RL"]).startswith("75.0 %")
+    report({**found, ("door", "clone"): []}, ["door"], ["PA-RL", "clone"])
+    printed = capsys.readouterr().out
+    assert "25; [2, 1] | – |" in printed and "PA-RL − clone" not in printed
 
 
 def test_the_mean_of_samples_has_no_noise_of_the_other_rows():

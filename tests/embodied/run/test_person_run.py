@@ -222,6 +222,41 @@ def test_the_keyboard_of_the_terminal_takes_over_and_stops(host, person):
         assert "Interrupted" in terminal.output and terminal.restored
 
 
+def test_a_persons_key_takes_the_place_of_the_tasks_own_judgement(host, person):
+    run = person / "run"
+    metrics = run / "metrics" / "actor0.jsonl"
+    command = [*EMBODIED, *TRAIN, "algorithm=hg_dagger", f"run.dir={run}", "reward=success_key"]
+    with Terminal([*command, "actors.teleoperator=keyboard"], env=host.env) as terminal:
+        terminal.wait("Tab take over", 60)
+
+        def judged(key, count):
+            """Press until so many episodes have ended; keys between two say nothing."""
+
+            def ended():
+                terminal.keys(key)
+                time.sleep(0.3)
+                return len(rows(metrics)) >= count
+
+            until(ended, 150, lambda: terminal.output[-2000:])
+
+        judged("\n", DEMONSTRATIONS)
+        until(lambda: rows(run / "metrics" / "learner.jsonl"), 150, lambda: terminal.output[-2000:])
+        judged("x", len(rows(metrics)) + 2)
+        judged("\n", len(rows(metrics)) + 2)
+        terminal.keys("\x1b")
+        assert terminal.end(60) == 130, terminal.output[-2000:]
+    said = rows(metrics)
+    assert all(row["success"] and row["demonstration"] for row in said[:DEMONSTRATIONS])
+    acted = [row["success"] for row in said if not row["demonstration"]]
+    assert acted[-1] and False in acted, "whatever the task itself would have said"
+    reader = ReplayReader(run / "buffer")
+    reader.refresh()
+    for episode in reader.closed_episodes():
+        ended = reader.take("terminated", episode.rows)
+        assert not ended[:-1].any() and reader.take("reward", episode.rows).sum() == episode.success
+        assert ended[-1] or not episode.success
+
+
 def test_without_a_terminal_the_keyboard_is_refused(host, person):
     run = person / "run"
     said = host.start(
