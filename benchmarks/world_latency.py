@@ -6,7 +6,8 @@ PushT's shapes, chunks of 16 × 2, width 128, 4 layers, 4 heads, 10 DDIM steps, 
 thread. `state`: two observations of 2 + 4 numbers; `pictures`: of 2 numbers and 96 × 96 pixels,
 predicted as 64 tokens each (UVA: of four frames). Decisions by `act`, what else by `infer`. A
 figure is processor time, the median over rounds of the medians within them, contenders taking
-turns; a ratio the median of the rounds'. Parts:
+turns; a ratio the median of the rounds'. Remarks: multiply-adds of one row, which have no noise.
+Parts:
 
   state-1, state-16, pictures-1, pictures-16   decisions of so many rows
   generation                                   UVA's actions alone, and after what will be seen
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.buffer.measure import HEAD, Row, load, machine, markdown, ratio, spread, take_turns
 from benchmarks.inference import parameters, void
@@ -59,7 +61,7 @@ def make(name: str, kind: str, **more: Any) -> Any:
         action=ArraySpec((2,), low=(0.0,), high=(512.0,)),
         tick_hz=10.0,
     )
-    found = {
+    found: dict[str, Any] = {
         key: SimpleNamespace(mean=[0.0] * n, std=[1.0] * n, min=[-2.0] * n, max=[2.0] * n)
         for key, n in ((STATE, 2), (ENVIRONMENT, 4))
     }
@@ -99,13 +101,26 @@ def infer(policy: Any, want: set[str]) -> Callable[[], None]:
     return lambda: void(policy.infer(obs, want=want, seed=seed))
 
 
+def operations(work: Callable[[], None]) -> str:
+    """Multiply-adds of matrix products and convolutions, in millions."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return f"{counter.get_total_flops() / 2e6:.0f} M multiply-adds"
+
+
+def act(policy: Any) -> Callable[[], None]:
+    """A decision of one row by the policy's own networks, whose operations can be counted."""
+    obs, seed = observations(policy, 1), np.arange(1)
+    return lambda: void(policy.act(None, obs, seed=seed))
+
+
 def timed(work: Callable[[], None], seconds: float) -> Callable[[], float]:
-    """Median processor time of the work in ms, of five times at least after one more."""
+    """Median processor time of the work in ms, of three times at least after one more."""
 
     def measure() -> float:
         work()
         times: list[float] = []
-        while sum(times) < seconds or len(times) < 5:
+        while sum(times) < seconds or len(times) < 3:
             started_s = time.process_time()
             work()
             times.append(time.process_time() - started_s)
@@ -158,7 +173,7 @@ def run(part: str, rounds: int, seconds: float) -> list[Row]:
                 work,
                 "actions",
                 {name: GENERATION for name in work if kind == "pictures" and name != "actions"},
-                {},
+                {name: operations(one) for name, one in work.items()},
                 at_most=False,
                 rounds=rounds,
                 seconds=seconds,
@@ -171,7 +186,10 @@ def run(part: str, rounds: int, seconds: float) -> list[Row]:
         {name: decide(policy, int(rows)) for name, policy in policies.items()},
         "diffusion",
         {name: TARGET for name in CONTENDERS if name != "diffusion"},
-        {name: parameters(policy) for name, policy in policies.items()},
+        {
+            name: f"{parameters(policy)}, {operations(act(policy))}"
+            for name, policy in policies.items()
+        },
         at_most=True,
         rounds=rounds,
         seconds=seconds,
@@ -194,7 +212,7 @@ def main() -> None:
     kept: Path | None = arguments.json
     known: dict[str, Any] = json.loads(kept.read_text()) if kept and kept.exists() else {}
     for part in [part for part in wanted if part not in known]:
-        rounds, seconds = (1, 0.0) if arguments.quick else (9, 0.5)
+        rounds, seconds = (1, 0.0) if arguments.quick else (7, 0.3)
         rows = run(part, rounds, seconds)
         known[part] = {"rows": [row.as_json() for row in rows], "about": load()}
         if kept:

@@ -6,7 +6,7 @@ B batch, N steps.
 import shutil
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from embodied.run.evaluate import Evaluator
 from policies.checkpoint import load_policy
 
 ROWS = 25
-PIECE_S = 120.0
+PIECE_S = 60.0
 NO_STEP_LIMIT = 1 << 40
 
 
@@ -65,7 +65,7 @@ class Shown(Demonstrations):
     @classmethod
     def of_all(cls, whole: Demonstrations, later: str, labelled: np.ndarray) -> "Shown":
         """The same steps."""
-        return cls(*(getattr(whole, f.name) for f in fields(whole)), later, labelled)
+        return cls(whole.observation, whole.action, whole.first, whole.last, later, labelled)
 
     def batch(
         self, at_B: np.ndarray, keys: Iterable[str], *, future: Sequence[int] = (), **options: Any
