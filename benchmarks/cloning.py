@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from embodied.buffer.sample.statistics import FeatureStats, feature_stats
+from embodied.buffer.sample.windows import FUTURE, FUTURE_IS_PAD
 from embodied.core.episodes import Step
 from embodied.core.files import write_atomic
 from embodied.core.rundir import RunDir
@@ -78,21 +79,34 @@ class Demonstrations:
         n_obs_steps: int,
         horizon: int,
         first_action: int = 0,
+        future: Sequence[int] = (),
+        future_keys: Iterable[str] = (),
     ) -> Arrays:
         """Windows around steps [B]: the keys [B, To, ...], action [B, H, D], action_is_pad [B, H].
 
         first_action: where the chunk begins, relative to the step. Beyond an episode's ends its
-        first and last step are repeated, as padding.
+        first and last step are repeated, as padding. future: S offsets, at which future_keys are
+        added [B, S, ...], with future_is_pad [B, S], as WindowSpec names them.
         """
         first_B1, last_B1 = self.first[at_B][:, None], self.last[at_B][:, None]
         seen_BT = np.maximum(at_B[:, None] + np.arange(1 - n_obs_steps, 1), first_B1)
         wanted_BH = at_B[:, None] + np.arange(first_action, first_action + horizon)
         taken_BH = np.clip(wanted_BH, first_B1, last_B1)
-        return {
+        batch = {
             **{key: self.observation[key][seen_BT] for key in keys},
             "action": self.action[taken_BH],
             "action_is_pad": wanted_BH != taken_BH,
         }
+        if future:
+            later_BS = at_B[:, None] + np.array(future)
+            shown_BS = np.minimum(later_BS, last_B1)
+            batch |= {FUTURE + key: self.observation[key][shown_BS] for key in future_keys}
+            batch[FUTURE_IS_PAD] = later_BS != shown_BS
+        return batch
+
+    def draw(self, rng: np.random.Generator, size: int) -> np.ndarray:
+        """Steps to learn from, int64 [size]."""
+        return rng.integers(len(self.action), size=size)
 
 
 class Clock:
@@ -183,12 +197,17 @@ class OurTrainee:
     def learn(self, seconds: float) -> None:
         """See Trainee."""
         learner, spec = self._learner, self._learner.policy.spec
+        options = learner.policy.config
         rng = make_rng(self._seed, "batches", learner.step)
         before_s, clock = learner.seconds, Clock(learner.config.threads)
         while not learner.done and learner.seconds < before_s + seconds:
-            at_B = rng.integers(len(self._demonstrations.action), size=learner.config.batch_size)
             batch = self._demonstrations.batch(
-                at_B, self._keys, n_obs_steps=spec.n_obs_steps, horizon=spec.horizon
+                self._demonstrations.draw(rng, learner.config.batch_size),
+                self._keys,
+                n_obs_steps=spec.n_obs_steps,
+                horizon=spec.horizon,
+                future=options.future,
+                future_keys=options.future_keys(self._keys),
             )
             learner.update(batch)
             learner.seconds = before_s + clock.seconds()

@@ -1,5 +1,6 @@
 """PushT: push a T-shaped block onto its mark with a round end effector (Chi et al. 2023)."""
 
+import copy
 import math
 import warnings
 from typing import Any
@@ -98,6 +99,19 @@ class PushTDriver:
         self._env.block.position = tuple(map(float, block_xy))
         self._env.space.step(self._env.dt)
         self._settle()
+
+    def twin(self) -> "PushTDriver":
+        """Another open driver in the same state, contacts included: what follows is the same to a
+        tenth of a pixel."""
+        made = copy.copy(self)
+        made._env = env = copy.copy(self._env)
+        memo: dict[int, Any] = {id(self._env): env}
+        env.space = copy.deepcopy(self._env.space, memo)
+        env.agent, env.block = (memo[id(body)] for body in (self._env.agent, self._env.block))
+        # pymunk copies the position before the centre of gravity, which moves it.
+        env.block.position = self._env.block.position
+        env.space.reindex_shapes_for_body(env.block)
+        return made
 
     def _settle(self) -> None:
         self._pictures.begin()

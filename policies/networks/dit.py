@@ -23,11 +23,17 @@ class ModulatedBlock(nn.Module):
         self.feed_forward = FeedForward(width)
         self.modulation = zeros(nn.Linear(width, 6 * width))
 
-    def forward(self, x_BHW: torch.Tensor, modulation_BM: torch.Tensor) -> torch.Tensor:
-        """[B, H, W]; modulation_BM: what `modulation` made of the context, M = 6 W."""
+    def forward(
+        self, x_BHW: torch.Tensor, modulation_BM: torch.Tensor, first: int | None = None
+    ) -> torch.Tensor:
+        """[B, H, W]; modulation_BM: what `modulation` made of the context, M = 6 W.
+
+        first: of how many of the tokens the result is wanted, which attend to all; None for all.
+        """
         parts = modulation_BM[:, None].chunk(6, dim=-1)
         shift, scale, gate, shift_ff, scale_ff, gate_ff = parts
-        x_BHW = x_BHW + gate * self.attention(self.norm(x_BHW) * (1 + scale) + shift)
+        inner_BHW = self.norm(x_BHW) * (1 + scale) + shift
+        x_BHW = x_BHW[:, :first] + gate * self.attention(inner_BHW[:, :first], inner_BHW)
         return x_BHW + gate_ff * self.feed_forward(self.norm(x_BHW) * (1 + scale_ff) + shift_ff)
 
 

@@ -75,7 +75,7 @@ class JointTransformer(nn.Module):
     def refine(self, x_BHD: torch.Tensor, context: Context) -> torch.Tensor:
         """The chunk's prediction [B, H, D] (see Staged)."""
         *modulations, given_BLW = context
-        return self.outlet(self._run(x_BHD, given_BLW, modulations)[:, : self.horizon])
+        return self.outlet(self._run(x_BHD, given_BLW, modulations, self.horizon))
 
     def both(
         self,
@@ -117,14 +117,19 @@ class JointTransformer(nn.Module):
         return torch.cat([*tokens, registers_BRW], dim=1) + self.positions_LW[self.horizon :]
 
     def _run(
-        self, x_BHD: torch.Tensor, given_BLW: torch.Tensor, modulations: Sequence[torch.Tensor]
+        self,
+        x_BHD: torch.Tensor,
+        given_BLW: torch.Tensor,
+        modulations: Sequence[torch.Tensor],
+        first: int | None = None,
     ) -> torch.Tensor:
-        """All tokens behind the blocks and the modulated norm."""
+        """The first tokens, or all of them, behind the blocks and the modulated norm."""
         *blocks, last_BM = modulations
         chunk_BHW = self.inlet(x_BHD) + self.positions_LW[: self.horizon]
         x_BLW = torch.cat([chunk_BHW, given_BLW.to(chunk_BHW)], dim=1)
-        for block, modulation_BM in zip(self.blocks, blocks, strict=True):
-            x_BLW = block(x_BLW, modulation_BM)
+        last = len(self.blocks) - 1
+        for k, (block, modulation_BM) in enumerate(zip(self.blocks, blocks, strict=True)):
+            x_BLW = block(x_BLW, modulation_BM, first if k == last else None)
         shift, scale = last_BM[:, None].chunk(2, dim=-1)
         return self.norm(x_BLW) * (1 + scale) + shift
 

@@ -111,3 +111,11 @@ def test_dit_blocks_begin_as_the_identity():
     x, context = torch.randn(4, 8, 16), torch.randn(4, 16)
     for block in net.blocks:
         assert torch.equal(block(x, block.modulation(context)), x)
+
+
+def test_of_some_of_a_dit_blocks_tokens_the_result_is_the_same():
+    block = build("dit").blocks[0]
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, modulation = torch.randn(4, 8, 16), block.modulation(torch.randn(4, 16))
+    torch.testing.assert_close(block(x, modulation, 3), block(x, modulation)[:, :3])

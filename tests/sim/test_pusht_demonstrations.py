@@ -57,6 +57,34 @@ def test_replaying_the_actions_pushes_the_block_onto_its_mark():
     assert np.mean(best) > 0.8
 
 
+def test_a_twin_goes_on_as_the_driver_does_and_leaves_it_alone():
+    driver = PushTDriver(SimConfig())
+    driver.open()
+    with np.load(FIXTURE) as data:
+        state, action = data["state"], data["action"]
+    driver.set_state(state[0, :2], state[0, 2:4], state[0, 4])
+    moved = 0.0
+    for first in range(0, 96, 16):
+        twins = [driver.twin(), driver.twin()]
+        before = driver.sense()["observation.environment_state"]
+        for row in action[first : first + 16]:
+            for one, target in ((driver, row), (twins[0], row), (twins[1], 512 - row)):
+                one.drive(target)
+                one.step_time()
+        seen, like, other = (one.sense() for one in (driver, *twins))
+        for key, value in seen.items():
+            np.testing.assert_allclose(like[key], value, atol=0.5)
+        assert twins[0].signals()["coverage"] == pytest.approx(
+            driver.signals()["coverage"], abs=0.01
+        )
+        assert np.abs(other["observation.state"] - seen["observation.state"]).max() > 1
+        moved += np.abs(seen["observation.environment_state"] - before).max()
+        for twin in twins:
+            twin.close()
+    driver.close()
+    assert moved > 50
+
+
 def test_the_block_s_angle_has_no_jump():
     near = block_features(0.0, 0.0, np.pi - 1e-3), block_features(0.0, 0.0, -np.pi + 1e-3)
     np.testing.assert_allclose(near[0], near[1], atol=0.3)

@@ -1,0 +1,1 @@
+"""World models as policies, as models, and what their parts bring: in equal time."""
