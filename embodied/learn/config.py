@@ -127,10 +127,10 @@ class PARLConfig(ActorCriticConfig, frozen=True, forbid_unknown_fields=True, kw_
     many copies of each of the policy's two.
     """
 
-    proposals_age: Count = 200
+    proposals_age: Count = 1000
     proposers: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
     improvement: dict[str, Any] = msgspec.field(default_factory=lambda: {})
-    distil_learning_rate: Rate = 1e-4
+    distil_learning_rate: Rate = 3e-4
     distil_temperature: Rate | None = 0.5
     distil_data: bool = True
     distil_successes: bool = False
