@@ -2,6 +2,7 @@
 
 import pytest
 
+from benchmarks.study_vla import cells
 from benchmarks.study_vla.__main__ import said, show
 from benchmarks.study_vla.cells import (
     CLONING,
@@ -37,3 +38,32 @@ def test_a_line_of_the_table_has_every_task_and_all_together(tmp_path, capsys):
     assert [cell.strip() for cell in cells[:4]] == ["flow", "clone", "0", "0"]
     assert cells[4] == said([True, True]) == "100 % (34–100)"
     assert cells[-2].startswith("58 %") and cells[-1].strip() == "100"
+
+
+@pytest.mark.slow
+def test_a_small_study_goes_through_its_stages(monkeypatch, tmp_path):
+    two = ("metaworld/drawer-close", "metaworld/button-press-topdown")
+    smaller = [
+        *(f"task=[{','.join(two)}]", "sim.horizon=100", "actors.rows=2", "evaluation.rows=1"),
+        *("learner.batch_size=8", "learner.steps_per_round=10"),
+    ]
+    phases = ["algorithm.cloning_steps=10", "algorithm.offline_steps=10"]
+    for name, value in {
+        "TASKS": two,
+        "CLONING": 10,
+        "OFFLINE": 10,
+        "SIMILAR": [*SIMILAR, *smaller],
+        "PARL": [*PARL, *phases],
+    }.items():
+        monkeypatch.setattr(cells, name, value)
+    cell = Cell(tmp_path, "flow", 1, 0.0, 1)
+    cell.train(0)
+    clone = cell.judged("clone", range(1), alone=True)
+    assert clone.acted == 0 and {task: len(own) for task, own in clone.success.items()} == {
+        two[0]: 1,
+        two[1]: 1,
+    }
+    cell.train(10)
+    acted = cell.judged("online", range(1))
+    assert acted.acted > 0 and cell.minutes > 0
+    assert cell.judged("clone", range(1), alone=True) == clone
