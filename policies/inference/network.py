@@ -25,7 +25,8 @@ class ActingNetwork(nn.Module):
     def __init__(self, source: nn.Module, config: InferenceConfig, *, gradients: bool) -> None:
         """gradients: whether they will be asked for with respect to the noisy chunk.
 
-        ConfigError for a reduced precision that the network cannot have.
+        ConfigError for a reduced precision that the network cannot have, or packed weights that
+        this machine cannot.
         """
         super().__init__()
         if config.dtype != "float32" and not isinstance(source, Staged):
@@ -35,7 +36,13 @@ class ActingNetwork(nn.Module):
             )
         self._source = source
         self._dtype = getattr(torch, config.dtype)
-        possible = config.device == "cpu" and packable() and not config.compile and not gradients
+        able = packable(self._dtype)
+        if config.packed and not able:
+            raise ConfigError(
+                f"inference.packed=true needs kernels of oneDNN for {config.dtype}, which PyTorch "
+                "or the CPU lacks here; leave it null to have them where they are"
+            )
+        possible = config.device == "cpu" and able and not config.compile and not gradients
         self._packed = possible if config.packed is None else config.packed
         self._compile = config.compile
         self._options: Any = {"triton.cudagraphs": True} if config.cuda_graphs else None

@@ -48,11 +48,11 @@ class PackedConv1d(nn.Module):
         return out_BN1L[:, :, 0]
 
 
-def packable() -> bool:
-    """Whether this build of PyTorch has oneDNN."""
-    return torch.backends.mkldnn.is_available() and hasattr(
-        torch.ops.mkldnn, "_reorder_convolution_weight"
-    )
+def packable(dtype: torch.dtype) -> bool:
+    """Whether this build of PyTorch has oneDNN, with kernels of this type for this CPU."""
+    mkldnn: Any = torch.ops.mkldnn
+    built = torch.backends.mkldnn.is_available() and hasattr(mkldnn, "_reorder_convolution_weight")
+    return built and (dtype != torch.bfloat16 or mkldnn._is_mkldnn_bf16_supported())
 
 
 def pack(module: nn.Module) -> None:

@@ -85,6 +85,7 @@ def test_its_loss_is_the_error_of_pixels_and_the_divergence():
     assert made.scale == 1
 
 
+@pytest.mark.slow
 def test_training_finds_the_scale_and_reconstructs():
     made = autoencoder()
     learner, batch = learner_of(made), batch_of(16)

@@ -202,6 +202,9 @@ def test_options_that_contradict_each_other_are_refused(make):
     policy.network = torch.nn.Identity()
     with pytest.raises(ConfigError, match=r"bfloat16 needs a network in two stages.*Identity"):
         acting(policy, dtype="bfloat16")
+    if not packing.packable(torch.bfloat16):
+        with pytest.raises(ConfigError, match="kernels of oneDNN for bfloat16"):
+            acting(make.policy(network="unet1d"), dtype="bfloat16", packed=True)
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="no GPU"):
             acting(make.policy(), device="cuda")

@@ -4,6 +4,7 @@ import numpy as np
 
 from embodied.core.frames import Observation
 from embodied.core.specs import DeviceSpec
+from sim.family import SimConfig
 from sim.pointmass import PointMassDriver
 
 POINT_SPEC = PointMassDriver.spec
@@ -13,6 +14,7 @@ class PointDriver(PointMassDriver):
     """Remembers commands; fails at a tick if asked to."""
 
     def __init__(self, spec: DeviceSpec = POINT_SPEC) -> None:
+        super().__init__(SimConfig())
         self.spec = spec
         self.driven: list[np.ndarray] = []
         self.held = 0
