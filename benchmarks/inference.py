@@ -17,13 +17,10 @@ in the file are not run again. Parts:
   training  gradient steps a second: loss, backward, clipping, optimiser (ours: and the averages)
 """
 
-import argparse
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,7 +29,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")  # the most that any contender is 
 import numpy as np
 import torch
 
-from benchmarks.buffer.measure import HEAD, Row, load, machine, markdown, ratio, spread, take_turns
+from benchmarks.buffer.measure import Row, ratio, spread, take_turns
+from benchmarks.parts import measure_parts
 from embodied.core.specs import ArraySpec, DeviceSpec
 from policies.acting import InferenceConfig
 from policies.build import build_policy
@@ -316,9 +314,9 @@ def training(rounds: int, seconds: float, *, full: bool) -> list[Row]:
     return found
 
 
-def run(part: str, rounds: int, *, quick: bool) -> list[Row]:
+def run(part: str, quick: bool) -> list[Row]:
     """Rows of one part."""
-    seconds = 0.2 if quick else 1.0
+    rounds, seconds = (2, 0.2) if quick else (5, 1.0)
     match part:
         case "small":
             return latency(SMALL, 1, rounds, seconds)
@@ -335,39 +333,5 @@ def run(part: str, rounds: int, *, quick: bool) -> list[Row]:
             return training(rounds, seconds, full=not quick)
 
 
-def main() -> None:
-    """Run the parts that are wanted and not there yet; print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="few rounds: a smoke test")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between")
-    parser.add_argument("--json", type=Path, help="where to keep the rows")
-    arguments = parser.parse_args()
-    wanted = arguments.only.split(",")
-    if unknown := set(wanted) - set(PARTS):
-        parser.error(f"unknown parts {sorted(unknown)}; known: {', '.join(PARTS)}")
-    kept: Path | None = arguments.json
-    known: dict[str, Any] = json.loads(kept.read_text()) if kept and kept.exists() else {}
-    for part in [part for part in wanted if part not in known]:
-        before, started_s = load(), time.monotonic()
-        rows = run(part, 2 if arguments.quick else 5, quick=arguments.quick)
-        seconds = time.monotonic() - started_s
-        known[part] = {
-            "rows": [row.as_json() for row in rows],
-            "about": f"{seconds:.0f} s{', quick' * arguments.quick}; before: {before}; "
-            f"after: {load()}",
-        }
-        if kept:
-            kept.write_text(json.dumps(known, indent=1))
-    print(f"{machine()}, torch {torch.__version__}\n\n{HEAD}")
-    for part in [part for part in PARTS if part in known and part in wanted]:
-        rows = [{k: v for k, v in row.items() if k != "good"} for row in known[part]["rows"]]
-        print(markdown(part, [Row(**row) for row in rows]))
-    print()
-    for part in [part for part in PARTS if part in known and part in wanted]:
-        print(f"{part}: {known[part]['about']}")
-
-
 if __name__ == "__main__":
-    main()
+    measure_parts(__doc__, PARTS, run, by=f"torch {torch.__version__}")

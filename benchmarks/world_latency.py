@@ -13,12 +13,9 @@ Parts:
   generation                                   UVA's actions alone, and after what will be seen
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,8 +23,9 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.buffer.measure import HEAD, Row, load, machine, markdown, ratio, spread, take_turns
+from benchmarks.buffer.measure import Row, ratio, spread, take_turns
 from benchmarks.inference import parameters, void
+from benchmarks.parts import measure_parts
 from embodied.core.specs import ArraySpec, DeviceSpec
 from policies.acting import InferenceConfig
 from policies.build import build_policy
@@ -157,8 +155,9 @@ def rows_of(
     ]
 
 
-def run(part: str, rounds: int, seconds: float) -> list[Row]:
+def run(part: str, quick: bool) -> list[Row]:
     """Rows of one part."""
+    rounds, seconds = (1, 0.0) if quick else (7, 0.3)
     found: list[Row] = []
     if part == "generation":
         for kind, passes in (("state", (1,)), ("pictures", (1, 8))):
@@ -196,35 +195,6 @@ def run(part: str, rounds: int, seconds: float) -> list[Row]:
     )
 
 
-def main() -> None:
-    """Run the parts that are wanted and not there yet; print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="few rounds: a smoke test")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between")
-    parser.add_argument("--json", type=Path, help="where to keep the rows")
-    arguments = parser.parse_args()
-    wanted = arguments.only.split(",")
-    if unknown := set(wanted) - set(PARTS):
-        parser.error(f"unknown parts {sorted(unknown)}; known: {', '.join(PARTS)}")
-    torch.set_num_threads(1)
-    kept: Path | None = arguments.json
-    known: dict[str, Any] = json.loads(kept.read_text()) if kept and kept.exists() else {}
-    for part in [part for part in wanted if part not in known]:
-        rounds, seconds = (1, 0.0) if arguments.quick else (7, 0.3)
-        rows = run(part, rounds, seconds)
-        known[part] = {"rows": [row.as_json() for row in rows], "about": load()}
-        if kept:
-            kept.write_text(json.dumps(known, indent=1))
-    print(f"{machine()}, torch {torch.__version__}\n\n{HEAD}")
-    for part in [part for part in PARTS if part in known and part in wanted]:
-        rows = [{k: v for k, v in row.items() if k != "good"} for row in known[part]["rows"]]
-        print(markdown(part, [Row(**row) for row in rows]))
-    print()
-    for part in [part for part in PARTS if part in known and part in wanted]:
-        print(f"{part}: {known[part]['about']}")
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    measure_parts(__doc__, PARTS, run, by=f"torch {torch.__version__}")
