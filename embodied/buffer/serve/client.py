@@ -249,10 +249,13 @@ class BufferClient:
             self._over_until_s = time.monotonic() + _LAST_S
         if self._over_until_s is not None:
             deadline = min(deadline, self._over_until_s)
-        remaining_s = deadline - time.monotonic()
-        if remaining_s > 0:
-            self._client.wait(min(remaining_s, _POLL_S))
-            self.pump()
+        remaining_s = max(0.0, deadline - time.monotonic())
+        before = self.unacknowledged
+        self._client.wait(min(remaining_s, _POLL_S))
+        self.pump()
+        if (
+            remaining_s > 0 or self.unacknowledged < before
+        ):  # it came while this process stood still
             return
         if self.last_error is not None:
             raise self.last_error

@@ -93,6 +93,27 @@ def test_steps_arrive_and_are_counted(tmp_path, make_episode):
     assert reader.refresh() == 120 and reader.num_closed == 6
 
 
+def test_an_answer_that_came_while_the_client_stood_still_is_taken(
+    tmp_path, make_episode, monkeypatch
+):
+    """As a process that was stopped finds it: its time is over, and the answer there."""
+    address = f"ipc://{tmp_path}/s"
+    with serving(tmp_path / "log", address), BufferClient(address, "a") as client:
+        pump = client.pump
+
+        def late():
+            pump()
+            time.sleep(0.3)
+
+        steps = make_episode("a", 0, 5)
+        for step in steps:
+            client.add(step)
+        monkeypatch.setattr(client, "pump", late)
+        client.flush(0.1)
+        assert client.unacknowledged == 0
+    assert keys_in_log(tmp_path / "log") == [step.key for step in steps]
+
+
 def test_service_killed_while_the_client_adds(tmp_path, make_episode):
     """Promise 1: nothing that was acknowledged or is still pending is lost, nothing is doubled."""
     log, address = tmp_path / "log", f"ipc://{tmp_path}/s"
