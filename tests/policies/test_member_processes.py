@@ -65,16 +65,35 @@ def same(parallel, serial, rows, prefix=None):
     assert torch.equal(parallel.sample(obs, 2, seed=3), serial.sample(obs, 2, seed=3))
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("operator", "options"),
     [
-        (MIX, {}),
-        ({"name": "product", "weights": [[0.5, 1.5], 0.7]}, {}),
-        ({"name": "mix", "weights": [1, 0], "stages": [{"begin": 0.5, "weights": [0, 1]}]}, {}),
-        ({"name": "critic", "critic": {"name": "medoid"}}, {"solver": {"name": "ddim"}}),
-        ({"name": "or"}, {"solver": {"name": "ddpm", "num_train_steps": 8}}),
+        pytest.param(MIX, {}, id="mix"),
+        pytest.param(
+            {"name": "product", "weights": [[0.5, 1.5], 0.7]}, {}, id="product", marks=SLOW
+        ),
+        pytest.param(
+            {"name": "mix", "weights": [1, 0], "stages": [{"begin": 0.5, "weights": [0, 1]}]},
+            {},
+            id="stages",
+            marks=SLOW,
+        ),
+        pytest.param(
+            {"name": "critic", "critic": {"name": "medoid"}},
+            {"solver": {"name": "ddim"}},
+            id="critic",
+            marks=SLOW,
+        ),
+        pytest.param(
+            {"name": "or"},
+            {"solver": {"name": "ddpm", "num_train_steps": 8}},
+            id="or",
+            marks=SLOW,
+        ),
     ],
-    ids=["mix", "product", "stages", "critic", "or"],
 )
 def test_the_same_bit_for_bit_as_one_after_the_other(members, mixed, operator, options):
     policy = compose(members, operator, **options)

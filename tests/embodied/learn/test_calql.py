@@ -90,6 +90,7 @@ def trained(steps=120, earned=-9.0, **options):
         return [float(learner.policy.critic.q(obs, x).mean()) for x in asked], metrics
 
 
+@pytest.mark.slow
 def test_a_critic_learns_to_think_less_of_what_nobody_did():
     (shown, other, _), metrics = trained()
     assert shown == pytest.approx(-1, abs=0.1) and abs(other - shown) < 0.4

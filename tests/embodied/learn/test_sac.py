@@ -123,7 +123,7 @@ def policy_sample(learner):
         return learner.policy.sample({STATE: np.zeros((1, 1, 3), np.float32)}, 4000, seed=0).numpy()
 
 
-@pytest.mark.parametrize("start", [0.003, 0.3])
+@pytest.mark.parametrize("start", [pytest.param(0.003, marks=pytest.mark.slow), 0.3])
 def test_the_temperature_moves_until_the_entropy_is_the_target(start):
     """Of a normal with the variance α τ²; so α is known too."""
     target, scale = -1.2, 0.5

@@ -90,6 +90,7 @@ def labelled(step):
     return step.observation["observation.state"].tobytes(), step.action.tobytes()
 
 
+@pytest.mark.slow
 def test_the_better_the_policy_the_fewer_interventions_and_their_steps_are_learned_from(tmp_path):
     watch = ("algorithm=hg_dagger", "demonstrations.episodes=4", "learner.steps=1000")
     quiet = ("evaluation.episodes=0", "evaluation.final_episodes=0", "evaluation.videos=0")
