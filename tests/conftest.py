@@ -46,6 +46,7 @@ _ALONE = (
     "hal/test_listing.py",
     "hal/test_pictures.py",
     "hal/test_schedule.py",
+    "sim/so101/test_lerobot_follower.py",
     "sim/so101/test_virtual_arm.py",
 )
 
