@@ -29,7 +29,7 @@ DEMO = ("experiment=demo", "learner.minutes=null")
 def run(part: str, quick: bool) -> list[Row]:
     """Rows of one part."""
     with tempfile.TemporaryDirectory(prefix="asynchrony-") as name:
-        folder = Path(name)
+        folder = Path(name) / "run"
         if part in PROPORTIONS:
             return proportions.measure(folder, part, _step_s(), 1 if quick else 5)
         rounds, seconds = (2, 0.5) if quick else (8, 3.0)
@@ -42,7 +42,7 @@ def run(part: str, quick: bool) -> list[Row]:
 def _step_s() -> float:
     """Of a gradient step of the proportions' policy."""
     with tempfile.TemporaryDirectory(prefix="asynchrony-") as folder:
-        return proportions.calibrate(Path(folder))
+        return proportions.calibrate(Path(folder) / "run")
 
 
 if __name__ == "__main__":
