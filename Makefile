@@ -51,8 +51,8 @@ $(TOOLS)/uv:
 
 $(SETUP): requirements.lock pyproject.toml | $(TOOLS)/uv
 	test -x $(BIN)/python || $(TOOLS)/uv venv -q --python $(PYTHON) .venv
-	$(TOOLS)/uv pip sync -q --python $(BIN)/python --require-hashes requirements.lock
-	$(TOOLS)/uv pip install -q --python $(BIN)/python --no-deps --compile-bytecode --editable .
+	$(TOOLS)/uv pip sync -q --compile-bytecode --python $(BIN)/python --require-hashes requirements.lock
+	$(TOOLS)/uv pip install -q --python $(BIN)/python --no-deps --editable .
 	$(BIN)/python -m sim.rendering
 	touch $(SETUP)
 

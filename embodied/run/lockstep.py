@@ -31,7 +31,7 @@ def run_lockstep(
     import torch
 
     torch.set_num_threads(config.learner.threads)
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")
     with _interrupts_held() as interrupted:
         Lockstep(run, config, notify, interrupted).run()
 
