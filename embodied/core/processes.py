@@ -1,12 +1,17 @@
 """Processes: their end, and their urgency."""
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _PRIORITY = 10
+_SESSION = Path("/proc/self/autogroup")
+_SESSION_TRIES, _SESSION_WAIT_S = 20, 0.11
 
 
 def die_with_parent(parent: int) -> None:
@@ -51,3 +56,20 @@ def run_normally() -> None:
     """Take real-time priority from this thread."""
     if sys.platform == "linux":
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+def give_way(niceness: int) -> None:
+    """Let other processes have the cores first; niceness: from 0 to 19, as in nice(2).
+
+    Where Linux shares its cores among sessions (sched(7), autogroup), a process's niceness counts
+    among those of its session alone, and the session's against all others: that is set as well.
+    """
+    os.nice(niceness)
+    with contextlib.suppress(FileNotFoundError, PermissionError):  # not grouped, or not ours
+        for _ in range(_SESSION_TRIES):
+            try:
+                _SESSION.write_text(str(niceness))
+            except BlockingIOError:  # ten changes a second are allowed, of all users together
+                time.sleep(_SESSION_WAIT_S)
+            else:
+                return

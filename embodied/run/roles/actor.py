@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 from embodied.buffer.serve.client import BufferClient
+from embodied.core.processes import give_way
 from embodied.run import build
 from embodied.run.context import Context
 from embodied.run.site.config import read_site
@@ -14,6 +15,7 @@ from embodied.weights.store import WeightStore
 _POLL_S = 0.2
 _REPORT_S = 2.0
 _IDLE_S = 0.05
+_NICENESS = 5
 
 
 def actor_role(context: Context) -> None:
@@ -22,6 +24,8 @@ def actor_role(context: Context) -> None:
     from embodied.run.lockstep import result_row
 
     run, config = context.run, context.config
+    if config.actors.devices is None:  # simulated robots wait for their actor, real ones do not
+        give_way(_NICENESS)
     site = read_site(run)
     results: list[Any] = []
     actor: Actor | None = None

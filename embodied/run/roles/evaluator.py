@@ -1,10 +1,10 @@
 """The role that evaluates."""
 
-import os
 import time
 from collections.abc import Callable
 
 from embodied.core.errors import CorruptDataError
+from embodied.core.processes import give_way
 from embodied.run import build
 from embodied.run.context import Context
 from embodied.run.evaluate import Evaluators
@@ -20,7 +20,7 @@ def evaluator_role(context: Context) -> None:
     torch is loaded when there is something to evaluate: a run that begins, or begins again, has
     better use for its cores.
     """
-    os.nice(_NICENESS)
+    give_way(_NICENESS)
     run, evaluation = context.run, context.config.evaluation
     store, sitting = WeightStore(run.weights), run.sitting()
     evaluator = Evaluators(context.config.tasks, context.config.sim, rows=evaluation.rows)

@@ -76,3 +76,25 @@ def test_a_child_of_process_1_of_a_container_lives(tmp_path):
         timeout=20,
     )
     assert lived.exists()
+
+
+GIVEN = """
+import os
+from pathlib import Path
+from embodied.core.processes import give_way
+give_way(7)
+session = Path("/proc/self/autogroup")
+given = session.read_text().split()[-1] if session.exists() else 7
+print(os.getpriority(os.PRIO_PROCESS, 0), given)
+"""
+
+
+def test_who_gives_way_does_so_to_other_sessions_too():
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    command = [sys.executable, "-c", GIVEN]
+    several = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        for _ in range(3)
+    ]
+    said = [process.communicate(timeout=30)[0].split() for process in several]
+    assert said == [[str(before + 7), "7"]] * 3
