@@ -12,6 +12,7 @@ from embodied.core.rundir import RunDir
 
 STEPS_PER_ROUND = 100
 CLONING, OFFLINE = 2000, 3000
+CLONING_TOKENS = 1000
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,17 @@ FLOW = [
     "+policy.network.width=256",
     "+policy.network.depth=2",
 ]
+TOKENS = [
+    "policy=autoregressive",
+    "policy.n_obs_steps=1",
+    "policy.horizon=4",
+    "policy.n_action_steps=4",
+    "policy.tokenizer.name=dct",
+    "+policy.tokenizer.share=0.25",
+    "+policy.tokenizer.scale=8",
+    "policy.transformer.width=64",
+    "policy.transformer.depth=2",
+]
 LEARNING = [
     f"algorithm.cloning_steps={CLONING}",
     f"algorithm.offline_steps={OFFLINE}",
@@ -105,6 +117,7 @@ class Contender:
 
 
 BEFORE = CLONING + OFFLINE
+FEWER = f"algorithm.cloning_steps={CLONING_TOKENS}"
 CONTENDERS = {
     "clone": Contender((*FLOW, "algorithm=bc"), CLONING, acts=False),
     "mean of 16": Contender((), averaged=16),
@@ -114,6 +127,8 @@ CONTENDERS = {
     "PA-RL": Contender((*FLOW, *GLOBAL), BEFORE),
     "with local": Contender((*FLOW, *PARL, *LOCAL), BEFORE),
     "only local": Contender((*FLOW, *PARL, *LOCAL, *ONE), BEFORE),
+    "clone of tokens": Contender((*TOKENS, "algorithm=bc"), CLONING_TOKENS, acts=False),
+    "PA-RL of tokens": Contender((*TOKENS, *GLOBAL, FEWER), CLONING_TOKENS + OFFLINE),
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.study_improvement.cells import Cell, Setting
+from benchmarks.study_improvement.cells import CONTENDERS, Cell, Setting
 
 SEED = 900
 STATES = range(100_000, 100_040)
@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument("--episodes", default="20", help="comma-separated")
     parser.add_argument("--noises", required=True, help="comma-separated")
     parser.add_argument("--horizons", required=True, help="comma-separated, in ticks")
+    clones = [name for name, contender in CONTENDERS.items() if not contender.acts]
+    parser.add_argument("--clone", choices=clones, default=clones[0])
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
@@ -55,7 +57,7 @@ def main() -> None:
             options.output / f"{episodes}-{noise}-{horizon}",
             task,
             Setting(episodes, noise, horizon, 0),
-            "clone",
+            options.clone,
             SEED,
         )
         for task, episodes, noise, horizon in tried
