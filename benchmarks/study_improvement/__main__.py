@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.study_improvement.cells import CONTENDERS, SETTINGS, Cell, work
+from benchmarks.study_improvement.cells import CONTENDERS, SETTINGS, Cell, setting, work
 from benchmarks.study_improvement.judging import Judged
 from embodied.core.intervals import paired_bootstrap, wilson
 
@@ -40,7 +40,7 @@ def main() -> None:
     if unknown := {*tasks} - {*SETTINGS} | {*contenders} - {*CONTENDERS}:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     cells = [
-        Cell(options.root, task, SETTINGS[task], contender, int(seed))
+        Cell(options.root, task, setting(task, contender), contender, int(seed))
         for seed in options.seeds.split(",")
         for task in tasks
         for contender in contenders

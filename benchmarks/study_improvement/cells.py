@@ -38,7 +38,12 @@ SETTINGS = {
     "basketball": Setting(20, 0.3, 150, 50_000, 2),
     "peg-insert-side": Setting(20, 0.3, 200, 50_000, 2),
 }
-"""From screening.py."""
+TOKEN_SETTINGS = {
+    "drawer-open": Setting(20, 0.7, 150, 10_000),
+    "window-open": Setting(20, 1.1, 150, 10_000),
+}
+"""Both from screening.py, which clones; a clone of tokens does not average noise away as flow does,
+and has easier ones."""
 
 SIMILAR = [
     "run.mode=lockstep",
@@ -130,6 +135,13 @@ CONTENDERS = {
     "clone of tokens": Contender((*TOKENS, "algorithm=bc"), CLONING_TOKENS, acts=False),
     "PA-RL of tokens": Contender((*TOKENS, *GLOBAL, FEWER), CLONING_TOKENS + OFFLINE),
 }
+
+
+def setting(task: str, contender: str) -> Setting:
+    """What a contender learns a task from."""
+    if contender.endswith("of tokens"):
+        return TOKEN_SETTINGS.get(task, SETTINGS[task])
+    return SETTINGS[task]
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,12 @@ POLICY = [
 ]
 HEADS = {
     "flow": ["policy/head=flow", "policy.num_steps=4", "policy.expert.width=64"],
-    "tokens": ["policy/head=tokens"],
+    "tokens": [
+        "policy/head=tokens",
+        "policy.tokenizer.name=dct",
+        "+policy.tokenizer.share=0.25",
+        "+policy.tokenizer.scale=8",
+    ],
 }
 PARL = [
     "algorithm=parl",
