@@ -41,6 +41,7 @@ TRANSFORMER = {"width": 128, "heads": 4, "time_dim": 128}
 CONTENDERS: dict[str, dict[str, Any]] = {
     "diffusion": {"network": {"name": "dit", "depth": 4, **TRANSFORMER}},
     "uwm": {"depth": 4, **TRANSFORMER},
+    "uwm, next left out": {"depth": 4, "left_out": 0.25, **TRANSFORMER},
     "uva": {"encoder_depth": 2, "decoder_depth": 2, **TRANSFORMER},
 }
 IMAGES = {"encoder": {"name": "resnet18", "width": 16}, "crop": 1.0}
@@ -66,7 +67,7 @@ def make(name: str, kind: str, **more: Any) -> Any:
     keys = [STATE, ENVIRONMENT if kind == "state" else CAMERA]
     options = {"horizon": HORIZON, "n_action_steps": 8, "num_steps": STEPS, "images": IMAGES}
     options |= CONTENDERS[name] | more
-    policy = build_policy(name, options, device, keys, found, seed=0)
+    policy = build_policy(name.split(",")[0], options, device, keys, found, seed=0)
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in policy.parameters():

@@ -93,6 +93,10 @@ class UWMConfig(WorldConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     the action loss of rows without actions is, whose actions are pure noise at the last step:
     "masked" leaves it out, "unmasked" learns to give the noise back, as published.
 
+    left_out: share of the training rows with actions whose next observation has no tokens at all.
+    Above 0 a decision has none either, nor have rows that lack one: it costs little more than that
+    of a policy which predicts nothing; 0, as published, has noise there.
+
     width, depth, heads, qk_norm: of the transformer. registers: tokens that stand for nothing.
     """
 
@@ -100,6 +104,7 @@ class UWMConfig(WorldConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     next_obs_steps: Count = 1
     marginal_step: Annotated[int, msgspec.Meta(ge=0)] | None = None
     action_free: Literal["masked", "unmasked"] = "masked"
+    left_out: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.0
     width: Annotated[int, msgspec.Meta(ge=8, le=4096)] = 128
     depth: Depth = 4
     heads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4

@@ -20,7 +20,8 @@ class JointTransformer(nn.Module):
 
     What was observed, and both times, act through adaLN-zero alone. As a network of chunks
     (`forward`, in two stages) it is told of the next observation by its conditioning,
-    [B, C + 1 + N]: what was observed, the next observation's time, and what it is at that time.
+    [B, C + 1 + N]: what was observed, the next observation's time, and what it is at that time. For
+    [B, C] the next observation has no tokens, and its time is the last.
     """
 
     def __init__(
@@ -68,6 +69,9 @@ class JointTransformer(nn.Module):
 
     def prepare(self, time_B: torch.Tensor, cond_BC: torch.Tensor) -> Context:
         """What modulates the blocks and the outlet, and all tokens but the chunk's (see Staged)."""
+        if cond_BC.shape[-1] == self._parts[0]:
+            modulations = self._modulations(cond_BC, time_B, torch.ones_like(time_B))
+            return (*modulations, self._registers(len(cond_BC)))
         seen_BC, next_time_B1, next_BN = cond_BC.split(self._parts, dim=-1)
         modulations = self._modulations(seen_BC, time_B, next_time_B1[:, 0])
         return (*modulations, self._given(next_BN))
@@ -113,8 +117,15 @@ class JointTransformer(nn.Module):
                 self.next_inlets, next_BN.split(self._sizes, dim=1), self.groups, strict=True
             )
         ]
-        registers_BRW = self.registers_RW.expand(len(next_BN), -1, -1).to(tokens[0])
-        return torch.cat([*tokens, registers_BRW], dim=1) + self.positions_LW[self.horizon :]
+        count = len(self.registers_RW)
+        positions_LW = self.positions_LW[self.horizon : len(self.positions_LW) - count]
+        registers_BRW = self._registers(len(next_BN)).to(tokens[0])
+        return torch.cat([torch.cat(tokens, dim=1) + positions_LW, registers_BRW], dim=1)
+
+    def _registers(self, rows: int) -> torch.Tensor:
+        """With their positions [B, R, W]."""
+        first = len(self.positions_LW) - len(self.registers_RW)
+        return (self.registers_RW + self.positions_LW[first:]).expand(rows, -1, -1)
 
     def _run(
         self,

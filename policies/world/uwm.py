@@ -37,7 +37,8 @@ class UWM(WorldPolicy[UWMConfig]):
     """A policy, which leaves o′ open, and with `infer` a world model.
 
     As a denoiser it is told of o′ by its conditioning (see JointTransformer). `encode` puts a fixed
-    draw of noise there, decisions one of their own (`drawn`), which stays the same in all steps.
+    draw of noise there, decisions one of their own (`drawn`), which stays the same in all steps;
+    with `left_out` it says nothing of o′.
     """
 
     name = "uwm"
@@ -62,10 +63,14 @@ class UWM(WorldPolicy[UWMConfig]):
     def encode(self, obs: Mapping[str, Array]) -> torch.Tensor:
         """See ChunkPolicy; with o′ open."""
         seen_BC = super().encode(obs)
+        if self.config.left_out:
+            return seen_BC
         return self._told(seen_BC, self._open_time, self.open_N.expand(len(seen_BC), -1))
 
     def drawn(self, cond: Any, source: list[int] | torch.Generator) -> torch.Tensor:
         """See GenerativePolicy: the noise in the place of o′."""
+        if self.config.left_out:
+            return cond
         if isinstance(source, torch.Generator):
             noise_BN = torch.randn((len(cond), self.next.size), generator=source)
         else:
@@ -86,8 +91,9 @@ class UWM(WorldPolicy[UWMConfig]):
 
         batch: as of GenerativePolicy, with "future." + each predicted key [B, S, …] in device units
         and future_is_pad [B, S] bool. A row whose action is padding at every step has no chunk, one
-        with a padded later step no next observation: what it lacks is noise at the last time, and
-        no error of it counts (but see `action_free`). Metrics: action_loss, next_loss.
+        with a padded later step no next observation: what it lacks is noise at the last time or
+        left out, and no error of it counts (but see `action_free`). Metrics: action_loss,
+        next_loss.
         """
         rng, form = self._training_rng, self.form
         seen_BC, clean_next_BN, unseen_B = self._read_batch(batch)
@@ -99,8 +105,9 @@ class UWM(WorldPolicy[UWMConfig]):
         time_B, next_time_B = (form.draw_times(len(seen_BC), rng).to(clean_BHD) for _ in _BOTH)
         x_BK, target_BK = self._noised(clean_BK, noise_BK, time_B, idle_B)
         next_BN, next_target_BN = self._noised(clean_next_BN, noise_BN, next_time_B, unseen_B)
-        network: Any = self.network
-        out_BHD, next_out_BN = network.both(
+        out_B = self._left_out(idle_B, unseen_B, rng)
+        out_BHD, next_out_BN = self._predicted(
+            out_B,
             self._chunk(x_BK),
             time_B.masked_fill(idle_B, form.last),
             next_BN,
@@ -111,7 +118,7 @@ class UWM(WorldPolicy[UWMConfig]):
             pad_BH = pad_BH & ~idle_B[:, None]
         action_loss = valid_mean((out_BHD - self._chunk(target_BK)).square(), pad_BH)
         error_B1N = (next_out_BN - next_target_BN).square()[:, None]
-        next_loss = valid_mean(error_B1N, unseen_B[:, None])
+        next_loss = valid_mean(error_B1N, (unseen_B | out_B)[:, None])
         loss = action_loss + self.config.next_weight * next_loss
         parts = {"action_loss": action_loss.item(), "next_loss": next_loss.item()}
         return loss, {"loss": loss.item(), **parts}
@@ -169,6 +176,8 @@ class UWM(WorldPolicy[UWMConfig]):
         there, at its time."""
         network: Any = self.network
         sizes = [values[name].shape[1] for name in wanted]
+        open_next = NEXT_OBS not in wanted and times[NEXT_OBS] != self.form.clean
+        alone = open_next and self.config.left_out > 0
 
         def split(x_B1M: torch.Tensor) -> dict[str, torch.Tensor]:
             return dict(zip(wanted, x_B1M[:, 0].split(sizes, dim=1), strict=True))
@@ -177,6 +186,9 @@ class UWM(WorldPolicy[UWMConfig]):
             now = {**values, **split(self.form.scaled(x_B1M, log_snr))}
             level = {**times, **dict.fromkeys(wanted, self.time_of(log_snr))}
             time_B, next_time_B = (seen_BC.new_full((len(seen_BC),), level[n]) for n in _BOTH)
+            if alone:
+                out_BHD = self.network(self._chunk(now[ACTIONS]), time_B, seen_BC)
+                return Prediction(out_BHD.flatten(1)[:, None].to(x_B1M), self.form.kind)
             chunk_BHD, next_BN = network.both(
                 self._chunk(now[ACTIONS]), time_B, now[NEXT_OBS], next_time_B, seen_BC
             )
@@ -184,6 +196,39 @@ class UWM(WorldPolicy[UWMConfig]):
             return Prediction(self._joined(out, wanted).to(x_B1M), self.form.kind)
 
         return split(self.solver(denoise, self._joined(values, wanted), generators))
+
+    def _left_out(
+        self, idle_B: torch.Tensor, unseen_B: torch.Tensor, rng: torch.Generator
+    ) -> torch.Tensor:
+        """Which rows' next observations have no tokens [B]; some of those that have a chunk."""
+        if not self.config.left_out:
+            return torch.zeros_like(idle_B)
+        drawn_B = torch.rand(len(idle_B), generator=rng).to(idle_B.device) < self.config.left_out
+        return ~idle_B & (unseen_B | drawn_B)
+
+    def _predicted(
+        self,
+        out_B: torch.Tensor,
+        x_BHD: torch.Tensor,
+        time_B: torch.Tensor,
+        next_BN: torch.Tensor,
+        next_time_B: torch.Tensor,
+        seen_BC: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the chunk and of the next observation, zeros where this is left out."""
+        network: Any = self.network
+        if not out_B.any():
+            return network.both(x_BHD, time_B, next_BN, next_time_B, seen_BC)
+        without, among = (rows_B.nonzero()[:, 0] for rows_B in (out_B, ~out_B))
+        alone_BHD = network(x_BHD[without], time_B[without], seen_BC[without])
+        chunk_BHD, later_BN = network.both(
+            x_BHD[among], time_B[among], next_BN[among], next_time_B[among], seen_BC[among]
+        )
+        whole_BHD = torch.zeros_like(x_BHD).index_copy(0, without, alone_BHD.to(x_BHD))
+        return (
+            whole_BHD.index_copy(0, among, chunk_BHD.to(x_BHD)),
+            torch.zeros_like(next_BN).index_copy(0, among, later_BN.to(next_BN)),
+        )
 
     @staticmethod
     def _joined(values: Mapping[str, torch.Tensor], wanted: Sequence[str]) -> torch.Tensor:

@@ -159,6 +159,65 @@ def test_a_decision_keeps_a_draw_of_its_own_in_the_place_of_the_next_observation
     assert torch.equal(policy.encode(make.obs(2)), policy.encode(make.obs(2)))
 
 
+@pytest.mark.parametrize("form", ["diffusion", "flow"])
+def test_a_next_observation_that_is_left_out_has_no_tokens(make, form):
+    policy = make.awaken(make.policy("uwm", form=form, left_out=0.5))
+    registers = len(policy.network.registers_RW)
+    lengths = []
+    policy.network.blocks[0].register_forward_pre_hook(
+        lambda block, inputs: lengths.append(inputs[0].shape[1])
+    )
+    obs, seed = make.obs(3), np.array([4, 9, 4])
+    acted = policy.act(None, obs, seed=seed)[1]
+    assert set(lengths) == {policy.spec.horizon + registers}
+    chunk = policy.infer(obs, want={"actions"}, seed=seed)["actions"]
+    np.testing.assert_allclose(chunk, acted, atol=1e-5)
+    assert set(lengths) == {policy.spec.horizon + registers}
+    later = {key: make.batch(3)["future." + key] for key in obs}
+    known = policy.infer(obs, next_obs=later, want={"actions"}, seed=seed)["actions"]
+    joint = policy.infer(obs, want={"actions", "next_obs"}, seed=seed)["actions"]
+    for found in (known, joint):
+        assert (found != chunk).any()
+    assert policy.sample(obs, 2, seed=0).shape == (3, 2, policy.spec.horizon, 2)
+    acting = ActingPolicy(policy, InferenceConfig(warm_up=False))
+    again = acting.act(acting.init(3), obs, seed=seed)[1]
+    np.testing.assert_allclose(again, acted, atol=1e-5)
+
+
+def test_which_rows_are_left_out_in_training(make):
+    policy = make.awaken(make.policy("uwm", left_out=0.25))
+    batch = make.batch(400)
+    batch["future_is_pad"][:40] = True
+    batch["action_is_pad"][20:60] = True
+    rows, network = [], policy.network.forward
+
+    def record(x_BHD, time_B, cond_BC):
+        rows.append(len(x_BHD))
+        return network(x_BHD, time_B, cond_BC)
+
+    def losses(batch):
+        policy.seed_training(3)
+        return policy.loss(batch)[1]
+
+    policy.network.forward = record
+    given = caught(policy)
+    plain = losses(batch)
+    among = len(given[-1][0])
+    assert rows[-1] + among == 400
+    # the 20 that lack it, and a quarter of the 340 that lack nothing; none of the 40 without chunk
+    assert abs(rows[-1] - 20 - 85) < 30
+    counted = []
+    for row in range(60, 72):
+        other = {**batch, "future.observation.goal": batch["future.observation.goal"].copy()}
+        other["future.observation.goal"][row] += 0.1
+        found = losses(other)
+        counted.append(found["next_loss"] != plain["next_loss"])
+        assert counted[-1] or found == plain
+    assert 0 < sum(counted) < 12
+    batch["future_is_pad"][:], batch["action_is_pad"][:] = True, False
+    assert losses(batch)["next_loss"] == 0 < losses(batch)["action_loss"]
+
+
 def test_a_composition_draws_for_its_members(make):
     pair = {"world": make.policy("uwm"), "plain": make.policy("diffusion")}
     for member in pair.values():

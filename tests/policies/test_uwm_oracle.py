@@ -241,6 +241,16 @@ def test_a_trained_network_has_every_conditional():
 
 
 @pytest.mark.slow
+def test_a_network_that_has_it_left_out_has_every_conditional_too():
+    policy = scalar(timestep_spacing="leading", clip_sample=False, left_out=0.3)
+    train(policy, lambda step: system(256, step), 1000)
+    for mode, (mean, variance) in SAMPLED[10].items():
+        sampled = infer(policy, mode, np.arange(2000))
+        assert sampled.mean().item() == pytest.approx(mean, abs=0.06), mode
+        assert sampled.var().item() == pytest.approx(variance, abs=0.02), mode
+
+
+@pytest.mark.slow
 def test_rows_without_actions_teach_what_follows_but_not_what_to_do():
     """A quarter of the rows have no actions; there another controller acted, with the gain −K.
 
