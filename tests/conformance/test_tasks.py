@@ -13,7 +13,7 @@ from sim.family import SimConfig, SimTask
 
 pytestmark = pytest.mark.slow
 
-# The library's own script succeeds from 15 of 20 fresh start states (docs/benchmarks.md).
+# The library's own script succeeds from 15 of 20 fresh start states (docs/studies.md).
 _WEAK_EXPERTS = {"metaworld/stick-pull": 2}
 _ONE_EACH = {
     "metaworld": "metaworld/drawer-open",
