@@ -267,9 +267,12 @@ class Actor:
         """The rollout on the robots, begun when they could be had."""
         if self.stopped:
             return None
-        if self.rollout is None and self._acts and (group := self.robots.acquire()) is not None:
-            self.rollout = self._begin(group)
-            self.fault = ""
+        if self.rollout is None and self._acts:
+            if (group := self.robots.acquire()) is not None:
+                self.rollout = self._begin(group)
+                self.fault = ""
+            elif reason := self.robots.waiting_for:
+                self.fault = f"waits for {self._config.actors.devices}: {reason}"
         return self.rollout
 
     def _begin(self, group: DeviceGroup) -> Rollout:

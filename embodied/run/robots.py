@@ -26,7 +26,9 @@ _TTL_S = 5.0
 
 
 class Robots(Protocol):
-    """The robots of one actor."""
+    """The robots of one actor. waiting_for: why they cannot be had yet, "" if that is not known."""
+
+    waiting_for: str
 
     def acquire(self) -> DeviceGroup | None:
         """The robots, open; None while they cannot be had."""
@@ -61,6 +63,7 @@ class SimulatedRobots:
         self._ids: list[str] = []
         self._holdings: list[Holding] = []
         self._reported_s = 0.0
+        self.waiting_for = ""
         for row, device in enumerate(self._group.devices):
             name = f"{tasks[row]}:{os.getpid()}.{index * rows + row}"
             kind, classes = device.info.kind, ("robot", "simulated")

@@ -63,9 +63,11 @@ def test_an_actor_asks_for_a_robot_once_there_is_something_to_do_with_it(pool, t
             try:
                 actor.poll_weights()
                 assert actor.tick() == [] and bool(pool.queue()) == at_once
+                assert actor.fault.startswith("waits for arm: ") == at_once
                 if not at_once:
                     publish(run, make_policy())
                     assert actor.poll_weights()
                     assert actor.tick() == [] and pool.queue()
+                    assert actor.fault.endswith("no device is registered")
             finally:
                 actor.close()
