@@ -15,7 +15,7 @@ from embodied.weights.store import WeightStore
 _POLL_S = 0.2
 _REPORT_S = 2.0
 _IDLE_S = 0.05
-_NICENESS = 5
+_NICENESS = 10
 
 
 def actor_role(context: Context) -> None:
