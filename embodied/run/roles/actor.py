@@ -15,7 +15,7 @@ from embodied.weights.store import WeightStore
 _POLL_S = 0.2
 _REPORT_S = 2.0
 _IDLE_S = 0.05
-_NICENESS = 10
+_NICENESS = 5
 
 
 def actor_role(context: Context) -> None:
@@ -24,8 +24,6 @@ def actor_role(context: Context) -> None:
     from embodied.run.lockstep import result_row
 
     run, config = context.run, context.config
-    if config.actors.devices is None:  # simulated robots wait for their actor, real ones do not
-        give_way(_NICENESS)
     site = read_site(run)
     results: list[Any] = []
     actor: Actor | None = None
@@ -61,6 +59,8 @@ def actor_role(context: Context) -> None:
         )
         try:
             actor.recall(build.make_reader(run, config))
+            if config.actors.devices is None:  # simulated robots wait for it, real ones do not
+                give_way(_NICENESS)
             _act(context, actor, sink, results)
         finally:
             try:

@@ -11,7 +11,7 @@ from embodied.run.evaluate import Evaluators
 from embodied.weights.store import VersionGoneError, WeightManifest, WeightStore
 
 _POLL_S = 0.2
-_NICENESS = 10
+_NICENESS = 5
 
 
 def evaluator_role(context: Context) -> None:
