@@ -32,8 +32,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--task", default="metaworld/pick-place")
-    parser.add_argument("--steps", type=int, default=15_000, help="of the robot and of gradients")
+    parser.add_argument("--task", default="metaworld/peg-insert-side")
+    parser.add_argument("--steps", type=int, default=45_000, help="of the robot and of gradients")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--root", type=Path, default=Path("runs/study_interventions"))
     options = parser.parse_args()

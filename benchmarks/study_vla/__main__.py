@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.study_vla.cells import HEADS, TASKS, Cell, Judged
+from benchmarks.study_vla.cells import HEADS, NOISE, TASKS, Cell, Judged
 from embodied.core.intervals import wilson
 
 STATES = range(20)
@@ -29,7 +29,7 @@ def main() -> None:
     )
     parser.add_argument("--heads", default=",".join(HEADS), help="comma-separated")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--noise", type=float, default=1.0)
+    parser.add_argument("--noise", type=float, help="of the demonstrations; else each head's own")
     parser.add_argument("--episodes", type=int, default=10, help="demonstrations of each task")
     parser.add_argument("--online", type=int, default=8000, help="gradient steps while it acts")
     parser.add_argument("--every", type=int, default=2000, help="of them until it is judged")
@@ -44,7 +44,8 @@ def main() -> None:
     print(f"| head | stage | robot steps | minutes | {' | '.join(names)} | all | ticks |")
     print("|" + "---|" * (len(names) + 6), flush=True)
     for head in heads:
-        cell = Cell(options.root, head, seed, options.noise, options.episodes)
+        noise = NOISE[head] if options.noise is None else options.noise
+        cell = Cell(options.root, head, seed, noise, options.episodes)
         cell.train(0)
         show(cell, "clone", cell.judged("clone", states, alone=True))
         if options.screen:

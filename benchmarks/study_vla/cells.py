@@ -75,6 +75,8 @@ HEADS = {
         "+policy.tokenizer.scale=8",
     ],
 }
+NOISE = {"flow": 1.2, "tokens": 0.5}
+"""Of the demonstrations; screening left clones of 57 % at 1.0 and of 20 % at 0.7."""
 PARL = [
     "algorithm=parl",
     f"algorithm.cloning_steps={CLONING}",
