@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--heads", default=",".join(HEADS), help="comma-separated")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--noise", type=float, help="of the demonstrations; else each head's own")
-    parser.add_argument("--episodes", type=int, default=10, help="demonstrations of each task")
+    parser.add_argument("--episodes", type=int, default=7, help="demonstrations of each task")
     parser.add_argument("--online", type=int, default=8000, help="gradient steps while it acts")
     parser.add_argument("--every", type=int, default=2000, help="of them until it is judged")
     parser.add_argument("--screen", action="store_true")
