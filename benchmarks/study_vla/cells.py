@@ -29,7 +29,7 @@ TASKS = tuple(
         "button-press-topdown",
     )
 )
-CLONING, OFFLINE = 1000, 800
+CLONING, OFFLINE = 1000, 2500
 ROWS = 5
 CHUNK = 8
 
@@ -44,7 +44,7 @@ SIMILAR = [
     "actors.count=1",
     f"actors.rows={len(TASKS)}",
     "actors.speed=0",
-    "actors.ticks_per_round=100",
+    "actors.ticks_per_round=25",  # 1.5 robot steps to a gradient step
     "learner.steps_per_round=100",
     "learner.batch_size=64",
     "learner.publish_every=200",
@@ -87,6 +87,7 @@ PARL = [
     "algorithm.critic.members=2",
     "algorithm.critic.width=128",
     "algorithm.proposals_age=1000",
+    "algorithm.distil_successes=true",
     "algorithm.improvement.proposals=8",
     "algorithm.improvement.kept=8",
 ]
