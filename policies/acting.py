@@ -66,6 +66,8 @@ class InferenceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     remote: address of a policy server (embodied serve) that decides in the place of a policy here.
     fallback: where it does not answer in time, the policy here decides. patience_s: without any
     decision for so long, it is an error.
+    critic: whether an improved policy acts with its critic; else as the policy in it, which needs
+    none of what the critic alone reads.
     num_steps: solver steps to choose from on robots whose time does not wait, the most that fit
     the control period; empty for the policy's own. rtc, warm_start: None for the policy's own.
     """
@@ -78,6 +80,7 @@ class InferenceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     parallel: bool = False
     cuda_graphs: bool = False
     warm_up: bool = True
+    critic: bool = True
     num_steps: tuple[int, ...] = ()
     rtc: RtcConfig | None = None
     warm_start: WarmStartConfig | None = None

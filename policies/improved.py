@@ -24,6 +24,7 @@ from policies.folder import spec_data, spec_from_data
 from policies.guidance import check_delay
 from policies.improvement import choose, improve
 from policies.noise import Generators
+from policies.specs import union_spec
 
 
 class StoredCritic(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -43,7 +44,8 @@ class ImprovedConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
 
 class ImprovedPolicy(noise.LearnsAsItsPolicy, nn.Module):
     """Draws proposals from a policy, which needs no more than `sample` and `loss`, and acts on what
-    the optimiser of actions makes of them (policies/improvement.py).
+    the optimiser of actions makes of them (policies/improvement.py). It reads what its policy
+    reads, and what its critic does beside that.
 
     Learning is the policy's alone: no gradient of `loss` reaches the critic.
     """
@@ -66,13 +68,14 @@ class ImprovedPolicy(noise.LearnsAsItsPolicy, nn.Module):
         self.config = config
         self.spec = spec
         self.policy: Any = construct(config.policy) if policy is None else policy
-        if spec != self.policy.spec:
-            raise CorruptDataError("the improved policy's spec is not the one of its policy")
         if critic is None:
             judged = spec_from_data(config.critic.spec, "critic")
             critic = EnsembleCritic(judged, config.critic.options)
         self.critic = critic
-        _check_critic(spec, self.critic)
+        if spec != improved_spec(self.policy.spec, self.critic):
+            raise CorruptDataError(
+                "the improved policy's spec is not that of its policy and critic"
+            )
         for name, bound in zip(("low_D", "high_D"), float32_bounds(spec.action), strict=True):
             self.register_buffer(name, torch.as_tensor(bound), persistent=False)
 
@@ -103,8 +106,7 @@ class ImprovedPolicy(noise.LearnsAsItsPolicy, nn.Module):
         drawn: list[torch.Tensor] = []
         for row, row_seed in enumerate(seeds):
             obs_1 = {key: value[row : row + 1] for key, value in obs.items()}
-            own_seed = derive_seed(row_seed, "proposals")
-            drawn.append(self.policy.sample(obs_1, count, seed=own_seed))
+            drawn.append(self.propose(obs_1, count, seed=derive_seed(row_seed, "proposals")))
         generators = [_generator(row_seed) for row_seed in seeds]
         actions_BHD = self._decide(cond_BC, torch.cat(drawn), generators, prefix).cpu().numpy()
         if prefix is not None:
@@ -115,10 +117,15 @@ class ImprovedPolicy(noise.LearnsAsItsPolicy, nn.Module):
     def sample(self, obs: Mapping[str, Any], n: int, *, seed: int) -> torch.Tensor:
         """n decisions for each row, each from proposals of its own: [B, n, H, D] float32."""
         count = self.config.improvement.proposals
-        drawn = self.policy.sample(obs, n * count, seed=derive_seed(seed, "proposals"))
+        drawn = self.propose(obs, n * count, seed=derive_seed(seed, "proposals"))
         cond_BC = self._encode(obs).repeat_interleave(n, dim=0)
         pools = drawn.unflatten(1, (n, count)).flatten(0, 1)
         return self._decide(cond_BC, pools, _generator(seed), None).unflatten(0, (-1, n))
+
+    def propose(self, obs: Mapping[str, Any], n: int, *, seed: int) -> torch.Tensor:
+        """n chunks of the policy for each row: [B, n, H, D]."""
+        own = own_part("policy", self.policy.spec, self.spec, obs)
+        return self.policy.sample(own, n, seed=seed)
 
     @torch.no_grad()
     def optimised(
@@ -179,26 +186,20 @@ class ImprovedPolicy(noise.LearnsAsItsPolicy, nn.Module):
 def improved(policy: Any, critic: EnsembleCritic, improvement: ImprovementConfig) -> ImprovedPolicy:
     """A trained policy, acting with a critic; both become its parts, not copies.
 
-    ConfigError if the critic judges other chunks or reads other keys than the policy.
+    ConfigError if the critic judges other chunks than the policy's, or reads what it reads
+    otherwise.
     """
     config = ImprovedConfig(
         policy=policy_state(policy)[0],
         critic=StoredCritic(spec=spec_data(critic.spec), options=critic.config),
         improvement=improvement,
     )
-    return ImprovedPolicy(policy.spec, config, policy, critic)
+    return ImprovedPolicy(improved_spec(policy.spec, critic), config, policy, critic)
 
 
-def _check_critic(spec: PolicySpec, critic: EnsembleCritic) -> None:
-    """ConfigError unless the critic can be asked wherever the policy acts."""
+def improved_spec(spec: PolicySpec, critic: EnsembleCritic) -> PolicySpec:
+    """What a policy and its critic read; ConfigError unless it can be asked wherever they act."""
     check_actions(("policy", "critic"), (spec, critic.spec))
-    for key, array in critic.spec.observation.items():
-        if spec.observation.get(key) != array:
-            raise ConfigError(
-                f"the critic reads '{key}' as {array}; the policy it improves has "
-                f"{spec.observation.get(key, 'no such key')}: a critic that acts must read no more "
-                f"than the policy, which reads {', '.join(spec.observation)}"
-            )
     if critic.spec.n_obs_steps > spec.n_obs_steps:
         raise ConfigError(
             f"the critic reads {critic.spec.n_obs_steps} observations, the policy only "
@@ -209,6 +210,8 @@ def _check_critic(spec: PolicySpec, critic: EnsembleCritic) -> None:
             f"critic.horizon is {critic.config.horizon}, and the policy's chunks have "
             f"{spec.horizon} steps; the critic must judge no more"
         )
+    judged = msgspec.structs.replace(critic.spec, n_action_steps=spec.n_action_steps)
+    return union_spec(("policy", "critic"), (spec, judged), horizon=spec.horizon)
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -1,9 +1,10 @@
 """What policies read and produce, by their options; apart, so that it does not load torch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from embodied.core.config import options_of
+from embodied.core.errors import ConfigError
 from embodied.core.instructions import GOAL, TASK
 from embodied.core.registry import unknown
 from embodied.core.specs import ArraySpec, DeviceSpec, PolicySpec
@@ -47,4 +48,25 @@ def policy_spec(
         observation[TASK] = ArraySpec((options.max_bytes,), "uint8")
     return PolicySpec(
         observation, device.action, config.n_obs_steps, config.horizon, config.n_action_steps
+    )
+
+
+def union_spec(labels: Sequence[str], specs: Sequence[PolicySpec], *, horizon: int) -> PolicySpec:
+    """Union of the observations, longest history, fewest executed steps; the actions agree."""
+    observation: dict[str, ArraySpec] = {}
+    owners: dict[str, str] = {}
+    for label, spec in zip(labels, specs, strict=True):
+        for key, array in spec.observation.items():
+            owner = owners.setdefault(key, label)
+            if observation.setdefault(key, array) != array:
+                raise ConfigError(
+                    f"'{owner}' and '{label}' read '{key}' with other specs: {observation[key]} "
+                    f"and {array}; policies that are composed must observe the same robot"
+                )
+    return PolicySpec(
+        observation=observation,
+        action=specs[0].action,
+        n_obs_steps=max(spec.n_obs_steps for spec in specs),
+        horizon=horizon,
+        n_action_steps=min(spec.n_action_steps for spec in specs),
     )

@@ -2,11 +2,12 @@
 
     OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.study_vla --heads flow
 
-One policy reads one camera, the hand's place and the instruction; its critic reads the same.
-Demonstrations are noisy, the reward is sparse, one robot of each task. Judged on start states that
-are the same for all, fresh, and seen by no search: the clone by itself, with its critic, and after
-each part of the acting. --screen clones on another seed and other states, to choose the noise. The
-command goes on where an earlier one ended.
+One policy reads one camera, the hand's place and the instruction; its critic reads the instruction
+and the simulator's state. Demonstrations are noisy, the reward is sparse, one robot of each task.
+Judged on start states that are the same for all, fresh, and seen by no search: the policy by
+itself, cloned and after each part of the acting; and with its critic, before that and after.
+--screen clones on another seed and other states, to choose the noise. The command goes on where an
+earlier one ended.
 """
 
 import argparse
@@ -31,8 +32,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--noise", type=float, help="of the demonstrations; else each head's own")
     parser.add_argument("--episodes", type=int, default=7, help="demonstrations of each task")
-    parser.add_argument("--online", type=int, default=8000, help="gradient steps while it acts")
-    parser.add_argument("--every", type=int, default=2000, help="of them until it is judged")
+    parser.add_argument("--online", type=int, default=24000, help="gradient steps while it acts")
+    parser.add_argument("--every", type=int, default=6000, help="of them until it is judged")
     parser.add_argument("--screen", action="store_true")
     parser.add_argument("--root", type=Path, default=Path("runs/study_vla"))
     options = parser.parse_args()
@@ -53,7 +54,9 @@ def main() -> None:
         show(cell, "its critic chooses", cell.judged("offline", states))
         for online in range(options.every, options.online + 1, options.every):
             cell.train(online)
-            show(cell, f"{online} steps online", cell.judged(f"online{online}", states))
+            stage = f"{online} steps online"
+            show(cell, stage, cell.judged(f"alone{online}", states, alone=True))
+        show(cell, "its critic chooses", cell.judged(f"online{options.online}", states))
 
 
 def show(cell: Cell, stage: str, judged: Judged) -> None:

@@ -15,7 +15,6 @@ from embodied.core.rundir import RunDir
 from embodied.run.build import stored_policy
 from embodied.run.evaluate import Evaluators
 from policies.acting import InferenceConfig
-from policies.improved import ImprovedPolicy
 from policies.inference.policy import ActingPolicy
 
 TASKS = tuple(
@@ -82,11 +81,10 @@ PARL = [
     "algorithm=parl",
     f"algorithm.cloning_steps={CLONING}",
     f"algorithm.offline_steps={OFFLINE}",
-    f"+algorithm.critic.images={{encoder: {{name: vit, {VIT}}}, standard: unit}}",
+    "algorithm.critic_observations=[observation.state,observation.environment_state]",
     "+algorithm.critic.language={name: words, max_words: 4}",
-    "algorithm.critic.members=2",
-    "algorithm.critic.width=128",
-    "algorithm.proposals_age=1000",
+    "algorithm.critic_steps=4",
+    "algorithm.proposals_age=2000",
     "algorithm.distil_successes=true",
     "algorithm.improvement.proposals=8",
     "algorithm.improvement.kept=8",
@@ -152,9 +150,8 @@ class Cell:
             return msgspec.json.decode(kept.read_bytes(), type=Judged)
         torch.set_num_threads(1)
         policy, version, config = stored_policy(self.run.path)
-        assert config is not None and isinstance(policy, ImprovedPolicy)
-        chosen: Any = policy.policy if alone else policy
-        acting: Any = ActingPolicy(chosen, InferenceConfig(), rows=ROWS)
+        assert config is not None
+        acting: Any = ActingPolicy(policy, InferenceConfig(critic=not alone), rows=ROWS)
         evaluators = Evaluators(config.tasks, config.sim, rows=ROWS)
         try:
             results = evaluators.run(acting, version, seeds, films={task: {} for task in TASKS})

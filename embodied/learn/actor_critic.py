@@ -23,6 +23,7 @@ class ActorCritic(BC):
         super().__init__(config)
         self._shared = config
         self.critic = config.critic
+        self.critic_observations = config.critic_observations
 
     def plan(self, demonstration_ticks: int, rng: np.random.Generator) -> EpisodePlan:
         """The policy acts to the end."""

@@ -43,6 +43,9 @@ class BC:
     improvement: Mapping[str, Any] = {}
     """Options of the critic that the policy is improved by, None for none, and how."""
 
+    critic_observations: tuple[str, ...] | None = None
+    """What it reads of the robots, None for what the policy does."""
+
     acts = True
     """Whether what it trains commands a robot."""
 

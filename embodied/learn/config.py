@@ -79,6 +79,10 @@ class ActorCriticConfig(BCConfig, frozen=True, forbid_unknown_fields=True, kw_on
     did, from everything. cloning_steps, offline_steps: gradient steps of the first two phases; then
     the policy acts. demonstrations: share of them in every batch from what the run records.
     critic: options of CriticConfig but for its horizon, which is how many actions are executed.
+    critic_observations: what the critic reads of the robots, as TrainConfig.observations; None for
+    what the policy does. With the simulator's own state a policy of pictures is judged by what no
+    camera shows (Pinto et al. 2017, arXiv:1710.06542); inference.critic=false then acts on robots
+    that do not have it.
     rewards, discount: see WindowSpec; the discount is per step.
     critic_learning_rate; target_rate: τ by which the target critic follows; backup_members: of how
     many random members of it the least value is taken. critic_steps: critic steps to one of the
@@ -89,6 +93,7 @@ class ActorCriticConfig(BCConfig, frozen=True, forbid_unknown_fields=True, kw_on
     offline_steps: Count = 3000
     demonstrations: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.5
     critic: dict[str, Any] = msgspec.field(default_factory=lambda: {})
+    critic_observations: tuple[str, ...] | None = None
     rewards: Literal["recorded", "sparse", "cost"] = "cost"
     discount: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.99
     critic_learning_rate: Rate = 3e-4

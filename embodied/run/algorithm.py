@@ -3,12 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from embodied.buffer.sample.sampling import SamplingConfig
 from embodied.core.config import component, convert, options_of
 from embodied.core.errors import ConfigError
+from embodied.core.instructions import TASK
+from embodied.core.specs import DeviceSpec, PolicySpec
 from embodied.learn.bc import BC
+from embodied.run.observing import read_keys
 from policies.configs import ChunkConfig
 from policies.critics.configs import CriticConfig, ImprovementConfig
+from policies.specs import union_spec
 
 
 def make_algorithm(options: Mapping[str, Any]) -> BC:
@@ -26,6 +32,34 @@ def critic_options(algorithm: BC, n_action_steps: int) -> dict[str, Any]:
             "it out"
         )
     return {**options, "horizon": n_action_steps}
+
+
+def critic_spec(algorithm: BC, device: DeviceSpec, policy: PolicySpec) -> PolicySpec:
+    """What the critic of this policy reads and judges; the policy's own if there is none.
+
+    ConfigError for an observation that the device does not have.
+    """
+    if algorithm.critic is None:
+        return policy
+    told = algorithm.critic.get("language") is not None
+    if told and TASK not in policy.observation:
+        raise ConfigError(
+            "algorithm.critic.language reads instructions, and this policy is given none: set "
+            "policy.language as well, or leave it null"
+        )
+    if algorithm.critic_observations is None:
+        return policy
+    keys = read_keys(device, algorithm.critic_observations)
+    observation = {key: device.observation[key] for key in keys}
+    if told:
+        observation[TASK] = policy.observation[TASK]
+    return msgspec.structs.replace(policy, observation=observation)
+
+
+def observed_spec(algorithm: BC, device: DeviceSpec, policy: PolicySpec) -> PolicySpec:
+    """What the policy and its critic read."""
+    judged = critic_spec(algorithm, device, policy)
+    return union_spec(("policy", "critic"), (policy, judged), horizon=policy.horizon)
 
 
 def improvement_options(algorithm: BC) -> ImprovementConfig:

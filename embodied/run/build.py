@@ -22,9 +22,16 @@ from embodied.core.rundir import RunDir
 from embodied.core.seeds import derive_seed
 from embodied.core.specs import DeviceSpec, PolicySpec
 from embodied.learn.parl import PARL
-from embodied.run.algorithm import critic_options, improvement_options, make_algorithm
-from embodied.run.config import DemonstrationsConfig, TrainConfig, read_keys
+from embodied.run.algorithm import (
+    critic_options,
+    critic_spec,
+    improvement_options,
+    make_algorithm,
+    observed_spec,
+)
+from embodied.run.config import DemonstrationsConfig, TrainConfig
 from embodied.run.evaluate import summarise_tasks
+from embodied.run.observing import read_keys
 from embodied.run.record import import_dataset
 from embodied.run.remote.policy import connect
 from embodied.run.tasks import device_of
@@ -54,14 +61,14 @@ def device_spec(config: TrainConfig) -> DeviceSpec:
 
 def window_spec(config: TrainConfig) -> WindowSpec:
     """Which windows the run's algorithm learns from."""
-    spec = policy_spec(config)
+    spec, algorithm = policy_spec(config), make_algorithm(config.algorithm)
     options: ChunkConfig | specs.KnowsSpec = options_of("policies", config.policy, "policy")
     windows = msgspec.structs.replace(
-        windows_of(spec),
+        windows_of(observed_spec(algorithm, device_spec(config), spec)),
         future=options.future,
         future_keys=options.future_keys(spec.observation),
     )
-    return make_algorithm(config.algorithm).windows(windows, spec.n_action_steps)
+    return algorithm.windows(windows, spec.n_action_steps)
 
 
 def windows_of(spec: PolicySpec) -> WindowSpec:
@@ -107,14 +114,15 @@ def policy_format(config: TrainConfig, proposers: Proposers | None = None) -> Po
     from policies.normalizer import is_image
 
     windows, algorithm = window_spec(config), make_algorithm(config.algorithm)
+    device = device_spec(config)
 
     def make(statistics: Mapping[str, FeatureStats]) -> Any:
         options = {key: value for key, value in config.policy.items() if key != "name"}
         policy = build_policy(
             config.policy["name"],
             options,
-            device_spec(config),
-            windows.observation_keys,
+            device,
+            read_keys(device, config.observations),
             statistics,
             seed=derive_seed(config.seed, "initial weights"),
         )
@@ -124,11 +132,12 @@ def policy_format(config: TrainConfig, proposers: Proposers | None = None) -> Po
             return policy
         judged = critic_options(algorithm, policy.spec.n_action_steps)
         seed = derive_seed(config.seed, "initial critic")
-        critic = build_critic(judged, policy.spec, statistics, seed=seed)
+        spec = critic_spec(algorithm, device, policy.spec)
+        critic = build_critic(judged, spec, statistics, seed=seed)
         return improved(policy, critic, improvement_options(algorithm))
 
-    observation = device_spec(config).observation
-    states = [key for key in windows.observation_keys if not is_image(key, observation[key])]
+    found = device.observation
+    states = [key for key in windows.observation_keys if not is_image(key, found[key])]
     keys = (*states, "action")
     updates = algorithm.updates
     if proposers is not None:

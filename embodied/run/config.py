@@ -1,6 +1,5 @@
 """The typed configuration of a run, and what is derived from it once."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +12,6 @@ from embodied.buffer.write.retention import Retention
 from embodied.core import config as core_config
 from embodied.core.errors import ConfigError
 from embodied.core.instructions import GOAL, TASK, encode_instruction
-from embodied.core.registry import unknown
 from embodied.core.specs import DeviceSpec, PolicySpec
 from embodied.learn.config import LearnerConfig
 from embodied.run.actors_options import ActorsConfig
@@ -23,8 +21,10 @@ from embodied.run.algorithm import (
     check_critic,
     check_density,
     make_algorithm,
+    observed_spec,
 )
 from embodied.run.gateway_options import GatewayConfig
+from embodied.run.observing import read_keys
 from embodied.run.tasks import Tasks, check_robots, device_of, names_of
 from hal.gpus import one_gpu
 from hal.rewards import make_reward
@@ -186,6 +186,7 @@ def check(config: TrainConfig) -> TrainConfig:
     algorithm, name = make_algorithm(config.algorithm), config.algorithm["name"]
     spec = _check_policy(config)
     check_critic(algorithm, spec.n_action_steps)
+    observed = observed_spec(algorithm, device_of(config.tasks, config.sim), spec).observation
     options = core_config.options_of("policies", config.policy, "policy")
     check_density(algorithm, options)
     check_action_free(algorithm, options, config.sampling)
@@ -223,7 +224,7 @@ def check(config: TrainConfig) -> TrainConfig:
         raise ConfigError("run.resume=true needs run.dir: the directory of the run to continue")
     check_sampling(
         config.sampling,
-        {k: a for k, a in spec.observation.items() if k != TASK and not k.startswith(GOAL)},
+        {k: a for k, a in observed.items() if k != TASK and not k.startswith(GOAL)},
         lambda path: ReplayReader(path, ram_bytes=config.buffer.ram_mib << 20),
     )
     expert = config.demonstrations.source == "expert"
@@ -271,29 +272,6 @@ def _check_policy(config: TrainConfig) -> PolicySpec:
 def _without_expert(config: TrainConfig, device: DeviceSpec) -> list[str]:
     """Those of the tasks that have no scripted expert."""
     return [name for name in config.tasks if family.expert_for(name, device) is None]
-
-
-def read_keys(device: DeviceSpec, wanted: tuple[str, ...] | None) -> tuple[str, ...]:
-    """The device's observation keys that `wanted` names, in the device's order; see TrainConfig.
-
-    Raises ConfigError for a name or pattern that fits none.
-    """
-    return matching_keys(device.observation, wanted)
-
-
-def matching_keys(keys: Iterable[str], wanted: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Those of the keys that `wanted` names, in their order; see TrainConfig.observations."""
-    keys = tuple(keys)
-    if wanted is None:
-        return keys
-    for name in wanted:
-        if not any(_matches(key, name) for key in keys):
-            raise unknown("observation key", name, keys)
-    return tuple(k for k in keys if any(_matches(k, name) for name in wanted))
-
-
-def _matches(key: str, name: str) -> bool:
-    return key.startswith(name[:-1]) if name.endswith("*") else key == name
 
 
 def _check_data(config: TrainConfig, *, asks_expert: bool) -> None:

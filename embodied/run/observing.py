@@ -1,12 +1,39 @@
-"""Whether a policy's observations can be had from a device, and the instruction among them."""
+"""Which of a device's observations are read, and whether a policy's can be had from it, the
+instruction among them."""
+
+from collections.abc import Iterable
 
 import numpy as np
 
 from embodied.core.errors import ConfigError
 from embodied.core.instructions import GOAL, TASK, encode_instruction
 from embodied.core.protocols import Composite, Policy
+from embodied.core.registry import unknown
 from embodied.core.specs import ArraySpec, DeviceSpec, PolicySpec
 from embodied.core.tasks import Task
+
+
+def read_keys(device: DeviceSpec, wanted: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The device's observation keys that `wanted` names, in the device's order; see TrainConfig.
+
+    Raises ConfigError for a name or pattern that fits none.
+    """
+    return matching_keys(device.observation, wanted)
+
+
+def matching_keys(keys: Iterable[str], wanted: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Those of the keys that `wanted` names, in their order; see TrainConfig.observations."""
+    keys = tuple(keys)
+    if wanted is None:
+        return keys
+    for name in wanted:
+        if not any(_matches(key, name) for key in keys):
+            raise unknown("observation key", name, keys)
+    return tuple(k for k in keys if any(_matches(k, name) for name in wanted))
+
+
+def _matches(key: str, name: str) -> bool:
+    return key.startswith(name[:-1]) if name.endswith("*") else key == name
 
 
 def check_robot(label: str, policy: Policy, device: DeviceSpec, task: Task, *, goals: bool) -> None:
@@ -17,7 +44,6 @@ def check_robot(label: str, policy: Policy, device: DeviceSpec, task: Task, *, g
     if isinstance(policy, Composite):
         for part, member in policy.parts().items():
             check_robot(part, member, device, task, goals=goals)
-        return
     check_readable(label, policy.spec, device, task, goals=goals)
     if policy.spec.action.shape != device.action.shape:
         raise ConfigError(
@@ -54,7 +80,8 @@ def _check(label: str, key: str, wanted: ArraySpec, device: DeviceSpec, task: st
         raise ConfigError(
             f"policy '{label}' reads {what} '{key}', which the device of task '{task}' does not "
             f"have; it has {', '.join(device.observation)}. sim.cameras says which cameras a "
-            "simulator observes, device selectors such as arm[camera.wrist] those of a robot"
+            "simulator observes, device selectors such as arm[camera.wrist] those of a robot; what "
+            "a critic alone reads is left out by inference.critic=false"
         )
     if found.shape != wanted.shape or (found.dtype == "uint8") != (wanted.dtype == "uint8"):
         raise ConfigError(

@@ -103,27 +103,6 @@ def construct_all(members: Sequence[Member]) -> list[Any]:
     return made
 
 
-def union_spec(labels: Sequence[str], specs: Sequence[PolicySpec], *, horizon: int) -> PolicySpec:
-    """Union of the observations, longest history, fewest executed steps; the actions agree."""
-    observation: dict[str, ArraySpec] = {}
-    owners: dict[str, str] = {}
-    for label, spec in zip(labels, specs, strict=True):
-        for key, array in spec.observation.items():
-            owner = owners.setdefault(key, label)
-            if observation.setdefault(key, array) != array:
-                raise ConfigError(
-                    f"'{owner}' and '{label}' read '{key}' with other specs: {observation[key]} "
-                    f"and {array}; policies that are composed must observe the same robot"
-                )
-    return PolicySpec(
-        observation=observation,
-        action=specs[0].action,
-        n_obs_steps=max(spec.n_obs_steps for spec in specs),
-        horizon=horizon,
-        n_action_steps=min(spec.n_action_steps for spec in specs),
-    )
-
-
 def own_part(label: str, own: PolicySpec, union: PolicySpec, source: Mapping[str, Any]) -> Any:
     """A member's keys, and its newest steps of them, out of what the composition is given.
 

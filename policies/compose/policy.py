@@ -28,7 +28,6 @@ from policies.compose.members import (
     convert,
     later,
     own_part,
-    union_spec,
 )
 from policies.compose.operators import Level, Mix, Operator
 from policies.compose.superposition import Superposition, ancestral
@@ -40,6 +39,7 @@ from policies.reading import Array
 from policies.solvers.base import Denoise, Solver
 from policies.solvers.diffusion import MIN_LOG_ALPHA_OVER_SIGMA
 from policies.solvers.flow import Euler, FlowSolverConfig
+from policies.specs import union_spec
 
 FIRST_U = 1 / (1 + math.exp(-MIN_LOG_ALPHA_OVER_SIGMA))
 """Where a flow's solver begins if a member's ε̂ says nothing of the data at pure noise."""

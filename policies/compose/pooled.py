@@ -20,9 +20,9 @@ from policies.compose.members import (
     construct_all,
     later,
     own_part,
-    union_spec,
 )
 from policies.guidance import check_delay
+from policies.specs import union_spec
 
 
 class PooledConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

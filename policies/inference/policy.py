@@ -17,6 +17,7 @@ from embodied.core.specs import PolicySpec
 from policies.acting import InferenceConfig
 from policies.base import GenerativePolicy
 from policies.checkpoint import load_arrays, policy_from_state, policy_state
+from policies.improved import ImprovedPolicy
 from policies.inference.twin import acting_twin, needs_gradients, processes, refresh
 
 _WARM_UP = 3
@@ -59,20 +60,25 @@ class ActingPolicy:
             raise ConfigError("inference.device=cuda: torch finds no GPU here; use device=cpu")
         self.source: Any = source.to(config.device) if isinstance(source, nn.Module) else source
         self.config = config
-        self.spec: PolicySpec = self.source.spec
         self.rows = rows
         self._clock = clock
         self._latencies_s: deque[float] = deque(maxlen=_KEPT)
-        self._gradients = needs_gradients(source, config)
+        acted = self._acted(self.source)
+        self.spec: PolicySpec = acted.spec
+        self._gradients = needs_gradients(acted, config)
         if self._gradients and config.packed:
             raise ConfigError(
                 "this policy's rtc.mode=full or guidance needs gradients, which packed weights "
                 "lack; leave inference.packed null"
             )
-        self._acting: Any = acting_twin(source, config, gradients=self._gradients)
+        self._acting: Any = acting_twin(acted, config, gradients=self._gradients)
         self._spare: _Spare | None = None
         if config.warm_up:
             self.warm_up()
+
+    def _acted(self, source: Any) -> Any:
+        alone = isinstance(source, ImprovedPolicy) and not self.config.critic
+        return source.policy if alone else source
 
     def refresh(self) -> None:
         """Take over the source's present weights; between decisions only."""
@@ -91,7 +97,8 @@ class ActingPolicy:
         source = policy_from_state(*policy_state(self.source))
         load_arrays(source, arrays)
         source = source.to(self.config.device)
-        spare = _Spare(source, acting_twin(source, self.config, gradients=self._gradients))
+        acted = self._acted(source)
+        spare = _Spare(source, acting_twin(acted, self.config, gradients=self._gradients))
         if self.config.warm_up:
             for _ in range(_WARM_UP):
                 self._decide(spare.acting, *self._question())

@@ -20,10 +20,11 @@ from embodied.core.specs import PolicySpec
 from policies import noise
 from policies.arrays import put_prefix, with_prefix
 from policies.checkpoint import construct, policy_state
-from policies.compose.members import check_actions, own_part, union_spec
+from policies.compose.members import check_actions, own_part
 from policies.critics.ensemble import EnsembleCritic
 from policies.folder import spec_data
 from policies.guidance import check_delay
+from policies.specs import union_spec
 from policies.world.scorers import Scorer
 
 

@@ -15,7 +15,8 @@ from benchmarks.study_vla.cells import (
     Cell,
     Judged,
 )
-from embodied.run.build import policy_spec
+from embodied.run.algorithm import critic_spec, make_algorithm
+from embodied.run.build import device_spec, policy_spec
 from embodied.run.config import load_train
 
 
@@ -25,6 +26,8 @@ def test_both_heads_are_runs_of_all_tasks_that_read_pictures_and_words(head):
     assert config.tasks == TASKS and config.actors.rows == len(TASKS) >= 6
     spec = policy_spec(config)
     assert {*spec.observation} == {"observation.state", "observation.images.corner2", "task"}
+    judged = critic_spec(make_algorithm(config.algorithm), device_spec(config), spec)
+    assert {*judged.observation} == {"observation.state", "observation.environment_state", "task"}
     assert config.sim.picture_ticks == spec.n_action_steps
     assert (
         config.algorithm["cloning_steps"] + config.algorithm["offline_steps"] == CLONING + OFFLINE

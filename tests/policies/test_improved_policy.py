@@ -159,10 +159,42 @@ def test_a_critic_may_read_less_than_its_policy(make):
         assert (found > policy.critic.q(newest, drawn[:, k]).max(dim=1).values).all()
 
 
+def test_a_critic_may_read_what_its_policy_does_not(make):
+    base = make.awaken(make.policy())
+    depth = {"observation.depth": ArraySpec((3,))}
+    make.all_stats = lambda: {**type(make).all_stats(make), "observation.depth": make.stats(3)}
+    critic = make.awaken(make.critic(msgspec.structs.replace(base.spec, observation=depth)))
+    policy = improved(base, critic, ImprovementConfig(proposals=8, kept=8, steps=0))
+    assert policy.spec == msgspec.structs.replace(
+        base.spec, observation=base.spec.observation | depth
+    )
+    obs, seeds = make.obs(2), np.arange(2)
+    seen = obs | {"observation.depth": np.float32(np.random.default_rng(0).normal(size=(2, 2, 3)))}
+    _, chunk = policy.act(None, seen, seed=seeds)
+    for row in range(2):
+        one = {key: value[row : row + 1] for key, value in seen.items()}
+        pool = base.sample({key: one[key] for key in obs}, 8, seed=derive_seed(row, "proposals"))
+        best = critic.q({"observation.depth": one["observation.depth"]}, pool)[0].argmax()
+        np.testing.assert_array_equal(chunk[row], pool[0, best].numpy())
+    twin = policy_from_state(*policy_state(policy))
+    np.testing.assert_array_equal(twin.act(None, seen, seed=seeds)[1], chunk)
+    alone = ActingPolicy(policy, InferenceConfig(critic=False))
+    assert alone.spec == base.spec
+    np.testing.assert_allclose(
+        alone.act(None, obs, seed=seeds)[1], base.act(None, obs, seed=seeds)[1], atol=1e-5
+    )
+    alone.prepare(policy_state(policy)[1])
+    alone.swap()
+    assert alone.source is not policy and alone.source.spec == policy.spec
+    np.testing.assert_allclose(
+        alone.act(None, obs, seed=seeds)[1], base.act(None, obs, seed=seeds)[1], atol=1e-5
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"observation": {"observation.depth": ArraySpec((3,))}}, "no such key"),
+        ({"observation": {"observation.state": ArraySpec((3,), unit="m")}}, "with other specs"),
         ({"n_obs_steps": 3}, "critic reads 3 observations, the policy only 2"),
         ({"action": ArraySpec((2,), low=(-2.0,), high=(2.0,))}, "'policy' and 'critic' differ"),
         ({"horizon": 9}, r"critic\.horizon is 8, and the policy's chunks have 6"),
@@ -171,8 +203,6 @@ def test_a_critic_may_read_less_than_its_policy(make):
 def test_a_critic_that_does_not_fit_is_refused(make, change, words):
     base = make.policy()
     spec = msgspec.structs.replace(base.spec, **change)
-    stats = {"observation.depth": make.stats(3)}
-    make.all_stats = lambda: {**type(make).all_stats(make), **stats}
     critic = make.critic(spec, horizon=8 if "horizon" in change else 4)
     with pytest.raises(ConfigError, match=words):
         improved(base, critic, ImprovementConfig())

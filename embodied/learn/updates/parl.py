@@ -131,7 +131,7 @@ class PARLUpdates(CriticUpdates):
         def draw(chosen: Batch) -> torch.Tensor:
             own_seed = derive_seed(seed, "proposals")
             with optimisers.averaged():
-                return self._policy.policy.sample(chosen, count, seed=own_seed)
+                return self._policy.propose(chosen, count, seed=own_seed)
 
         if self._proposers is not None:
             self._proposers.offer(optimisers.weights, step)

@@ -29,7 +29,7 @@ from embodied.learn.success.scores import (
     confusion,
     verdicts,
 )
-from embodied.run.config import matching_keys
+from embodied.run.observing import matching_keys
 from policies.success.configs import (
     FORMAT,
     StoredClassifier,

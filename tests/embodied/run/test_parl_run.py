@@ -73,6 +73,20 @@ def test_a_run_that_was_interrupted_goes_on_in_its_phase(finished, tmp_path):
     assert {"q", "policy_loss"} <= rows[-1].keys()
 
 
+def test_a_critic_may_read_what_the_policy_does_not(tmp_path):
+    """Its policy does not see the goal, and acts without it where inference.critic=false."""
+    blind = ["observations=[observation.state]", "algorithm.critic_observations=[observation.*]"]
+    assert train(tmp_path / "run", *blind) == 0
+    policy = load_policy(tmp_path / "run" / "policy")
+    assert [*policy.policy.spec.observation] == ["observation.state"]
+    goal = "observation.environment_state"
+    assert goal in policy.critic.spec.observation and goal in policy.spec.observation
+    wanted = ["episodes=1", "rows=1"]
+    for critic in ("true", "false"):
+        where = [f"checkpoint={tmp_path / 'run'}", f"inference.critic={critic}"]
+        assert main(["eval", *where, *wanted, f"output={tmp_path / critic}"]) == 0
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -82,6 +96,11 @@ def test_a_run_that_was_interrupted_goes_on_in_its_phase(finished, tmp_path):
         ("algorithm.improvement.kept=40", r"improvement\.kept is 40"),
         ("+algorithm.critic.head.colour=3", r"unknown key 'algorithm\.critic\.head\.colour'"),
         ("algorithm.discount=1.0", r"algorithm\.discount"),
+        (
+            "algorithm.critic_observations=[observation.depth]",
+            "observation key 'observation.depth'",
+        ),
+        ("+algorithm.critic.language.name=words", "policy is given none"),
     ],
 )
 def test_bad_options_are_refused_before_anything_starts(tmp_path, capsys, change, words):
