@@ -58,6 +58,18 @@ def run_normally() -> None:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
+def leave_cores(count: int) -> None:
+    """Keep all threads of this process, and what they start, off `count` of the cores that it may
+    use, the last ones; one at least it keeps."""
+    if sys.platform != "linux":
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    kept = cores[: max(1, len(cores) - count)]
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it has ended since
+            os.sched_setaffinity(int(thread), kept)
+
+
 def give_way(niceness: int) -> None:
     """Let other processes have the cores first; niceness: from 0 to 19, as in nice(2).
 

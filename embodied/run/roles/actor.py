@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from embodied.buffer.serve.client import BufferClient
-from embodied.core.processes import give_way
+from embodied.core.processes import give_way, leave_cores
 from embodied.run import build
 from embodied.run.context import Context
 from embodied.run.site.config import read_site
@@ -61,7 +61,9 @@ def actor_role(context: Context) -> None:
             actor.recall(build.make_reader(run, config))
             if config.actors.devices is None:  # simulated robots wait for it, real ones do not
                 give_way(_NICENESS)
-            _act(context, actor, sink, results)
+            simulated_here = config.actors.devices is None and site is None
+            cores = config.learner.threads if simulated_here else 0
+            _act(context, actor, sink, results, cores)
         finally:
             try:
                 sink.flush()
@@ -69,7 +71,8 @@ def actor_role(context: Context) -> None:
                 actor.close()
 
 
-def _act(context: Context, actor: Any, sink: BufferClient, results: list[Any]) -> None:
+def _act(context: Context, actor: Any, sink: BufferClient, results: list[Any], cores: int) -> None:
+    """cores: to be left to the learner from the first weights on, when it has begun."""
     run = context.run
     started_s, ticks, polled_s = time.monotonic(), 0, 0.0
     ages_s: list[float] = []
@@ -91,6 +94,9 @@ def _act(context: Context, actor: Any, sink: BufferClient, results: list[Any]) -
                 if sink.last_error and sink.unacknowledged
                 else actor.waiting or actor.fault or None,
             )
+        if cores and actor.version >= 0:
+            leave_cores(cores)
+            cores = 0
         decisions, losses, stopped = len(actor.latencies_s), actor.losses, actor.stopped
         actor.tick()
         if actor.losses > losses:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 from embodied.core.errors import CorruptDataError
-from embodied.core.processes import give_way
+from embodied.core.processes import give_way, leave_cores
 from embodied.run import build
 from embodied.run.context import Context
 from embodied.run.evaluate import Evaluators
@@ -21,6 +21,7 @@ def evaluator_role(context: Context) -> None:
     better use for its cores.
     """
     give_way(_NICENESS)
+    leave_cores(context.config.learner.threads)
     run, evaluation = context.run, context.config.evaluation
     store, sitting = WeightStore(run.weights), run.sitting()
     evaluator = Evaluators(context.config.tasks, context.config.sim, rows=evaluation.rows)

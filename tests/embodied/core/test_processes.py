@@ -1,5 +1,6 @@
 """A child whose parent dies before it could ask to die with it."""
 
+import ast
 import ctypes
 import os
 import signal
@@ -87,6 +88,26 @@ session = Path("/proc/self/autogroup")
 given = session.read_text().split()[-1] if session.exists() else 7
 print(os.getpriority(os.PRIO_PROCESS, 0), given)
 """
+
+
+LEFT = """
+import os, threading
+from embodied.core.processes import leave_cores
+end = threading.Event()
+threading.Thread(target=end.wait, daemon=True).start()
+leave_cores(%d)
+print([sorted(os.sched_getaffinity(int(thread))) for thread in os.listdir("/proc/self/task")])
+"""
+
+
+@pytest.mark.parametrize("count", [1, 1000])
+def test_all_threads_leave_the_last_cores_and_keep_one(count):
+    cores = sorted(os.sched_getaffinity(0))
+    script = [sys.executable, "-c", LEFT % count]
+    found = ast.literal_eval(
+        subprocess.run(script, check=True, capture_output=True).stdout.decode()
+    )
+    assert found == [cores[: max(1, len(cores) - count)]] * 2
 
 
 def test_who_gives_way_does_so_to_other_sessions_too():

@@ -138,17 +138,25 @@ def test_new_weights_reach_actors_while_they_act(tmp_path):
     def actors_took_three():
         return len({e.policy_versions[1] for e in recorded(run).closed_episodes()} - {-1}) >= 3
 
+    def weight_ages():
+        return [a for row in run.read("timings", "actor0") for a in row.get("weight_age_s", [])]
+
     try:
         wait_for(lambda: run.read("metrics", "learner"))
         wait_for(actors_took_three)
+        wait_for(weight_ages)
+        pids, cores = role_pids(run), sorted(os.sched_getaffinity(0))
+        assert os.sched_getaffinity(pids["learner"]) == {*cores}
+        for role in ("actor0", "evaluator"):
+            assert os.sched_getaffinity(pids[role]) == {*cores[: max(1, len(cores) - 1)]}
+            assert os.getpriority(os.PRIO_PROCESS, pids[role]) == min(19, os.nice(0) + 5)
         process.send_signal(signal.SIGINT)
         status, output = finish(process)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert status == 130, output
-    ages = [a for row in run.read("timings", "actor0") for a in row.get("weight_age_s", [])]
-    assert ages and min(ages) >= 0
+    assert min(weight_ages()) >= 0
 
 
 @pytest.mark.slow
