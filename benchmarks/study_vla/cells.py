@@ -86,6 +86,7 @@ PARL = [
     "algorithm.critic_steps=4",
     "algorithm.proposals_age=2000",
     "algorithm.distil_successes=true",
+    "algorithm.distil_temperature=2.0",
     "algorithm.improvement.proposals=8",
     "algorithm.improvement.kept=8",
 ]
