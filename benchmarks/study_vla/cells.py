@@ -43,7 +43,7 @@ SIMILAR = [
     "actors.count=1",
     f"actors.rows={len(TASKS)}",
     "actors.speed=0",
-    "actors.ticks_per_round=25",  # 1.5 robot steps to a gradient step
+    "actors.ticks_per_round=50",  # 3 robot steps to a gradient step
     "learner.steps_per_round=100",
     "learner.batch_size=64",
     "learner.publish_every=200",
@@ -88,6 +88,7 @@ PARL = [
     "algorithm.distil_successes=true",
     "algorithm.distil_temperature=2.0",
     "algorithm.improvement.proposals=8",
+    "algorithm.improvement.mean=true",
     "algorithm.improvement.kept=8",
 ]
 

@@ -66,7 +66,7 @@ class Proposer:
             raise CorruptDataError(f"no weights to propose by: {'; '.join(faults) or 'none there'}")
         tensors = {key: torch.tensor(x, device=self._device) for key, x in observation.items()}
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._reduced):
-            drawn = self._improved.policy.sample(tensors, request.count, seed=request.seed)
+            drawn = self._improved.propose(tensors, request.count, seed=request.seed)
         return drawn.float().cpu().numpy()
 
     def _follow(self) -> None:
