@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.study_vla.cells import HEADS, NOISE, TASKS, Cell, Judged
+from benchmarks.study_vla.cells import EPISODES, HEADS, NOISE, TASKS, Cell, Judged
 from embodied.core.intervals import wilson
 
 STATES = range(20)
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--heads", default=",".join(HEADS), help="comma-separated")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--noise", type=float, help="of the demonstrations; else each head's own")
-    parser.add_argument("--episodes", type=int, default=7, help="demonstrations of each task")
+    parser.add_argument("--episodes", type=int, help="demonstrations of each task; else each head's own")
     parser.add_argument("--online", type=int, default=24000, help="gradient steps while it acts")
     parser.add_argument("--every", type=int, default=6000, help="of them until it is judged")
     parser.add_argument("--screen", action="store_true")
@@ -46,7 +46,7 @@ def main() -> None:
     print("|" + "---|" * (len(names) + 6), flush=True)
     for head in heads:
         noise = NOISE[head] if options.noise is None else options.noise
-        cell = Cell(options.root, head, seed, noise, options.episodes)
+        cell = Cell(options.root, head, seed, noise, options.episodes or EPISODES[head])
         cell.train(0)
         show(cell, "clone", cell.judged("clone", states, alone=True))
         if options.screen:
