@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--heads", default=",".join(HEADS), help="comma-separated")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--noise", type=float, help="of the demonstrations; else each head's own")
-    parser.add_argument("--episodes", type=int, help="demonstrations of each task; else each head's own")
+    parser.add_argument("--episodes", type=int, help="of each task; else each head's own")
     parser.add_argument("--online", type=int, default=24000, help="gradient steps while it acts")
     parser.add_argument("--every", type=int, default=6000, help="of them until it is judged")
     parser.add_argument("--screen", action="store_true")
