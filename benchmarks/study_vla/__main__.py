@@ -5,7 +5,7 @@
 One policy reads one camera, the hand's place and the instruction; its critic reads the instruction
 and the simulator's state. Demonstrations are noisy, the reward is sparse, one robot of each task.
 Judged on start states that are the same for all, fresh, and seen by no search: the policy by
-itself, cloned and after each part of the acting; and with its critic, before that and after.
+itself and with its critic, cloned and after each part of the acting.
 --screen clones on another seed and other states, to choose the noise. The command goes on where an
 earlier one ended.
 """
@@ -51,12 +51,12 @@ def main() -> None:
         show(cell, "clone", cell.judged("clone", states, alone=True))
         if options.screen:
             continue
-        show(cell, "its critic chooses", cell.judged("offline", states))
+        show(cell, "clone, its critic chooses", cell.judged("offline", states))
         for online in range(options.every, options.online + 1, options.every):
             cell.train(online)
-            stage = f"{online} steps online"
-            show(cell, stage, cell.judged(f"alone{online}", states, alone=True))
-        show(cell, "its critic chooses", cell.judged(f"online{options.online}", states))
+            show(cell, f"{online} steps online", cell.judged(f"alone{online}", states, alone=True))
+            chosen = cell.judged(f"online{online}", states)
+            show(cell, f"{online} steps online, its critic chooses", chosen)
 
 
 def show(cell: Cell, stage: str, judged: Judged) -> None:
