@@ -48,7 +48,7 @@ def test_a_small_study_goes_through_its_stages(monkeypatch, tmp_path):
     two = ("metaworld/drawer-close", "metaworld/button-press-topdown")
     smaller = [
         *(f"task=[{','.join(two)}]", "sim.horizon=100", "actors.rows=2", "evaluation.rows=1"),
-        *("learner.batch_size=8", "learner.steps_per_round=10"),
+        *("learner.batch_size=8", "learner.steps_per_round=10", "actors.ticks_per_round=110"),
     ]
     phases = ["algorithm.cloning_steps=10", "algorithm.offline_steps=10"]
     for name, value in {
