@@ -42,12 +42,13 @@ class ActorCritic(BC):
         }
 
     def windows(self, spec: WindowSpec, n_action_steps: int) -> WindowSpec:
-        """With returns over the actions that are executed."""
+        """With returns over the actions that are executed, and to go if success is asked for."""
         return msgspec.structs.replace(
             spec,
             n_step=n_action_steps,
             discount=self._shared.discount,
             rewards=self._shared.rewards,
+            return_to_go=self._shared.only_successful,
         )
 
 

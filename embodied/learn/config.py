@@ -52,6 +52,13 @@ class BCConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     only_successful: bool = True
 
 
+class FilteredBCConfig(BCConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """online: whether the policy acts once the demonstrations are there, and learns from that too;
+    else from what was recorded before alone."""
+
+    online: bool = True
+
+
 class DAggerConfig(BCConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """roll_in: greatest takeover tick as a multiple of the longest demonstration."""
 
@@ -75,9 +82,10 @@ class ReconstructionConfig(BCConfig, frozen=True, forbid_unknown_fields=True, kw
 class ActorCriticConfig(BCConfig, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Options of algorithms that learn a critic beside the policy.
 
-    only_successful: learn from successful demonstrations alone, in all phases; of what the policy
-    did, from everything. cloning_steps, offline_steps: gradient steps of the first two phases; then
-    the policy acts. demonstrations: share of them in every batch from what the run records.
+    only_successful: learn from successful demonstrations alone, in all phases; of what a policy
+    did, clone what led to success, and learn the critic from everything. cloning_steps,
+    offline_steps: gradient steps of the first two phases; then the policy acts. demonstrations:
+    share of them in every batch from what the run records.
     critic: options of CriticConfig but for its horizon, which is how many actions are executed.
     critic_observations: what the critic reads of the robots, as TrainConfig.observations; None for
     what the policy does. With the simulator's own state a policy of pictures is judged by what no

@@ -5,19 +5,25 @@ import numpy as np
 from embodied.buffer.read.replay import EpisodeInfo
 from embodied.buffer.sample.samplers import StepFlags
 from embodied.learn.bc import BC, EpisodePlan
+from embodied.learn.config import FilteredBCConfig
 
 
 class FilteredBC(BC):
     """Everything that was done in successful episodes is cloned, whoever acted.
 
-    The simplest way to learn from one's own experience: no critic, and nothing from failures.
+    The simplest way to learn from one's own experience, or from that of an earlier run: no critic,
+    and nothing from failures.
     """
 
-    collects = True
+    Config = FilteredBCConfig
 
-    def plan(self, demonstration_ticks: int, rng: np.random.Generator) -> EpisodePlan:
-        """The policy acts to the end."""
-        return EpisodePlan(None)
+    def __init__(self, config: FilteredBCConfig) -> None:
+        super().__init__(config)
+        self.collects = config.online
+
+    def plan(self, demonstration_ticks: int, rng: np.random.Generator) -> EpisodePlan | None:
+        """The policy acts to the end, if it acts."""
+        return EpisodePlan(None) if self.collects else None
 
     def select(self, episode: EpisodeInfo, flags: StepFlags) -> np.ndarray:
         """All of a successful episode; of demonstrations also the others, if so configured."""

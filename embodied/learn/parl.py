@@ -32,9 +32,10 @@ class PARL(ActorCritic):
     def windows(self, spec: WindowSpec, n_action_steps: int) -> WindowSpec:
         """See ActorCritic; with returns to go if something asks what an episode came to."""
         options = self._options
-        asked = options.conservatism > 0 or options.distil_successes
         windows = super().windows(spec, n_action_steps)
-        return msgspec.structs.replace(windows, return_to_go=asked)
+        if options.conservatism > 0 or options.distil_successes:
+            windows = msgspec.structs.replace(windows, return_to_go=True)
+        return windows
 
     def updates(
         self, policy: Any, options: LearnerConfig, seed: int, proposers: Proposers | None = None

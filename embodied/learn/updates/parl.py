@@ -102,10 +102,9 @@ class PARLUpdates(CriticUpdates):
         options = self._options
         seed = derive_seed(self._seed, "distillation", step)
         if options.distil_successes:
-            succeeds_B = batch[RETURN_TO_GO] > options.value_range()[0]
-            if not succeeds_B.any():
+            batch = self._successes(batch)
+            if not len(batch[RETURN_TO_GO]):
                 return {}
-            batch = {key: x[succeeds_B] for key, x in batch.items()}
         observation = self._observed(batch)
         best_BHD = self._policy.optimised(
             observation,

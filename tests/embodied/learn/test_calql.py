@@ -102,10 +102,13 @@ def test_a_critic_learns_to_think_less_of_what_nobody_did():
     assert earned_best > held_best + 0.1
 
 
-def test_only_a_calibrated_critic_asks_for_returns_to_go():
+@pytest.mark.parametrize(
+    "asks", [{"only_successful": True}, {"conservatism": 0.1}, {"distil_successes": True}]
+)
+def test_returns_to_go_are_asked_for_by_what_needs_them(asks):
     spec = WindowSpec(1, 4, (STATE,))
-    assert not PARL(PARLConfig()).windows(spec, 2).return_to_go
-    found = PARL(PARLConfig(conservatism=0.1)).windows(spec, 2)
+    assert not PARL(PARLConfig(only_successful=False)).windows(spec, 2).return_to_go
+    found = PARL(PARLConfig(**{"only_successful": False, **asks})).windows(spec, 2)
     assert found.return_to_go and (found.n_step, found.rewards) == (2, "cost")
 
 

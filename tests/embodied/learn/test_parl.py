@@ -116,8 +116,11 @@ def test_what_was_seen_later_is_not_taken_for_the_outcome_of_better_actions():
     assert [bool(pad.any()) for pad in told] == [False, True] and told[1].all()
 
 
-def test_only_what_led_to_success_is_distilled():
-    options = PARLConfig(cloning_steps=0, offline_steps=0, critic_steps=1, distil_successes=True)
+@pytest.mark.parametrize("cloning_steps, metric", [(0, "policy_loss"), (3, "grad_norm")])
+def test_only_what_led_to_success_is_cloned_and_distilled(cloning_steps, metric):
+    options = PARLConfig(
+        cloning_steps=cloning_steps, offline_steps=0, critic_steps=1, distil_successes=True
+    )
     learner_format = make_format(options)
     learner = Learner(learner_format.make({}), learner_format, LEARNER, seed=1)
     told, loss = [], learner.policy.policy.loss
@@ -131,10 +134,18 @@ def test_only_what_led_to_success_is_distilled():
         batch["return_to_go"][failed] = -1 / (1 - options.discount)
         metrics = learner.update(batch)
         succeeded = np.delete(batch[STATE], failed, axis=0)
-        assert ("policy_loss" in metrics) == bool(len(succeeded))
+        assert (metric in metrics) == bool(len(succeeded))
         if len(succeeded):
             np.testing.assert_array_equal(told.pop(), succeeded)
     assert not told
+
+
+def test_without_only_successful_failures_are_cloned_as_well():
+    form = make_format(PARLConfig(cloning_steps=1, only_successful=False))
+    learner = Learner(form.make({}), form, LEARNER, seed=1)
+    (batch,) = batches(1)
+    del batch["return_to_go"]
+    assert learner.update(batch)["grad_norm"] > 0
 
 
 def test_values_beyond_the_head_stop_training():

@@ -141,6 +141,14 @@ def test_filtered_cloning_learns_from_successes_alone_and_asks_no_expert(tmp_pat
     demonstrated = sum(len(e.rows) for e in episodes if e.success and e.interventions)
     assert demonstrated < windows[-1] <= learned
 
+    recorded = f"demonstrations.dataset={{name: recorded, path: {run.buffer}}}"
+    later = (*few, "evaluation.final_episodes=0", "algorithm.online=false", recorded)
+    source = ("demonstrations.source=dataset", "demonstrations.episodes=null")
+    assert train(tmp_path / "later", *later, *source) == 0
+    later = RunDir(tmp_path / "later")
+    assert {row["windows"] for row in later.read("metrics", "learner")} == {learned}
+    assert not later.read("metrics", "actor0")
+
 
 def test_a_learner_that_demonstrations_keep_short_of_its_first_publication_goes_on(tmp_path):
     tight = ("learner.samples_per_insert=2", "learner.steps=30", "evaluation.episodes=0")
