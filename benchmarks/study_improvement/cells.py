@@ -21,6 +21,8 @@ class Setting:
 
     episodes: of the demonstrations, all successful. noise: of the expert's actions. horizon:
     ticks of an episode at most. budget: robot steps. per_update: robot steps to a gradient step.
+    selected: whether who acts is judged by the weights that did best while it learned, else by the
+    last.
     """
 
     episodes: int
@@ -28,15 +30,16 @@ class Setting:
     horizon: int
     budget: int
     per_update: int = 1
+    selected: bool = False
 
 
 SETTINGS = {
     "drawer-open": Setting(20, 1.0, 150, 10_000),
     "door-open": Setting(20, 1.0, 125, 10_000),
     "window-open": Setting(20, 1.3, 150, 10_000),
-    "pick-place": Setting(20, 0.5, 150, 50_000, 2),
-    "basketball": Setting(20, 0.3, 150, 50_000, 2),
-    "peg-insert-side": Setting(20, 0.3, 200, 50_000, 2),
+    "pick-place": Setting(20, 0.5, 150, 50_000, 2, selected=True),
+    "basketball": Setting(20, 0.3, 150, 50_000, 2, selected=True),
+    "peg-insert-side": Setting(20, 0.3, 200, 50_000, 2, selected=True),
 }
 TOKEN_SETTINGS = {
     "drawer-open": Setting(20, 0.7, 150, 10_000),
@@ -53,6 +56,7 @@ SIMILAR = [
     f"learner.steps_per_round={STEPS_PER_ROUND}",
     "learner.batch_size=128",
     "learner.publish_every=500",
+    "learner.weights_kept=200",
     "evaluation.episodes=0",
     "evaluation.final_episodes=0",
     "evaluation.videos=0",
@@ -163,8 +167,11 @@ class Cell:
 
     def judged(self, seeds: range) -> Judged:
         """How it acts from these start states."""
-        kept = self.run.path / f"{self.contender.replace(' ', '_')}-{seeds.start}-{len(seeds)}.json"
-        return judge(self.run, kept, seeds, CONTENDERS[self.contender].averaged)
+        contender = CONTENDERS[self.contender]
+        selected = self.setting.selected and contender.acts and not contender.averaged
+        name = f"{self.contender.replace(' ', '_')}-{seeds.start}-{len(seeds)}"
+        kept = self.run.path / f"{name}{'-selected' * selected}.json"
+        return judge(self.run, kept, seeds, contender.averaged, selected)
 
     def train(self) -> None:
         """Train to the end of the budget, from where an earlier attempt stopped."""

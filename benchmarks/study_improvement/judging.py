@@ -20,16 +20,19 @@ from policies.acting import InferenceConfig
 from policies.inference.policy import ActingPolicy
 
 ROWS = 5
+IN_A_ROW = 40
+"""Training episodes by which weights are selected."""
 
 
 class Judged(msgspec.Struct, frozen=True):
     """success, ticks: of every episode, in the order of the start states. steps: how many the
-    policy had acted; demonstrated: mean ticks of the demonstrations."""
+    policy had acted; demonstrated: mean ticks of the demonstrations. version: of its weights."""
 
     success: list[bool]
     ticks: list[int]
     steps: int
     demonstrated: float
+    version: int
 
 
 class MeanOfSamples:
@@ -58,12 +61,28 @@ class MeanOfSamples:
         return None, torch.cat(rows).numpy()
 
 
-def judge(run: RunDir, kept: Path, seeds: range, averaged: int = 0) -> Judged:
-    """Act from each of the seeds' start states; what an earlier call found, if it is kept."""
+def selected_version(run: RunDir) -> int:
+    """The weights that acted in the middle of those training episodes in a row, so many of them,
+    that succeeded most often; of several such the last. No start state is seen for it that is
+    judged."""
+    own = [row for row in run.read("metrics", "actor0") if not row["demonstration"]]
+    count = min(IN_A_ROW, len(own))
+    successes = np.convolve([row["success"] for row in own], np.ones(count), "valid")
+    last = len(successes) - 1 - int(np.argmax(successes[::-1]))
+    return own[last + count // 2]["version"]
+
+
+def judge(
+    run: RunDir, kept: Path, seeds: range, averaged: int = 0, selected: bool = False
+) -> Judged:
+    """Act from each of the seeds' start states; what an earlier call found, if it is kept.
+
+    averaged: of how many samples the mean acts. selected: by selected_version, else the newest.
+    """
     if kept.exists():
         return msgspec.json.decode(kept.read_bytes(), type=Judged)
     torch.set_num_threads(1)
-    policy, version, config = stored_policy(run.path)
+    policy, version, config = stored_policy(run.path, selected_version(run) if selected else None)
     assert config is not None
     acting = (
         MeanOfSamples(policy, averaged)
@@ -82,6 +101,7 @@ def judge(run: RunDir, kept: Path, seeds: range, averaged: int = 0) -> Judged:
         ticks=[result.ticks for result in results],
         steps=sum(row["ticks"] for row in episodes if not row["demonstration"]),
         demonstrated=float(np.mean(demonstrated)),
+        version=version,
     )
     write_atomic(kept, msgspec.json.encode(judged))
     return judged

@@ -97,7 +97,9 @@ def _load(config: Any) -> tuple[Any, int, Any, Any]:
         raise ConfigError("an evaluation is of one policy: leave inference.fallback=false")
     checkpoint = config.checkpoint and Path(config.checkpoint)
     rows = min(config.rows, config.episodes)
-    policy, version, stored = deciding_policy(checkpoint, config.inference, rows=rows)
+    policy, version, stored = deciding_policy(
+        checkpoint, config.inference, rows=rows, version=config.version
+    )
     task = config.task or (stored and stored.task)
     if task is None:
         named = config.checkpoint or config.inference.remote

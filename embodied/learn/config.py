@@ -16,7 +16,8 @@ class LearnerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     limit; whichever comes first ends the run (lockstep takes steps only). The learning rate
     follows a cosine over that budget. publish_every: at least so many steps between two
     publications; governor: how much of the learner's time and of links they may take beyond that
-    (lockstep goes by steps alone). checkpoint_every: steps.
+    (lockstep goes by steps alone). weights_kept: how many of the newest publications stay, beside
+    those that are pinned. checkpoint_every: steps.
     samples_per_insert: upper bound on sampled windows per recorded step; null for none.
     device: where it computes. On "cuda" the run leases one GPU of this host for itself: gpu says
     which, as a selector, gpu_wait_s how long to wait for it.
@@ -36,6 +37,7 @@ class LearnerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     checkpoint_every: int
     steps_per_round: int
     samples_per_insert: float | None
+    weights_kept: Annotated[int, msgspec.Meta(ge=1)] = 20
     device: Literal["cpu", "cuda"] = "cpu"
     gpu: str = "gpu"
     gpu_wait_s: float = 60.0

@@ -10,7 +10,6 @@ from embodied.learn.snapshot import Snapshot, publishes
 from embodied.weights.governor import PublishGovernor
 from embodied.weights.store import WeightStore
 
-_WEIGHTS_KEPT = 20
 _QUIET_WEIGHT = 0.1
 
 
@@ -120,7 +119,7 @@ class Publisher:
 
     def _write(self, config: dict[str, Any], snapshot: Snapshot, metadata: dict[str, Any]) -> None:
         self._weights.publish(snapshot.arrays(), config, metadata)
-        self._weights.prune(_WEIGHTS_KEPT)
+        self._weights.prune(self._config.weights_kept)
 
     def _account(self) -> None:
         self._last_cost_s = max(0.0, self._cost_s)

@@ -263,23 +263,26 @@ def films_of(
 
 
 def acting_policy(
-    path: Path, inference: InferenceConfig, *, rows: int
+    path: Path, inference: InferenceConfig, *, rows: int, version: int | None = None
 ) -> tuple[ActingPolicy, int, TrainConfig | None]:
-    """A stored policy, ready to act in batches of so many rows; sets the process's threads."""
+    """A stored policy, ready to act in batches of so many rows; sets the process's threads.
+
+    version: see stored_policy.
+    """
     import torch
 
     from policies.inference.policy import ActingPolicy
 
     torch.set_num_threads(inference.threads)
-    policy, version, stored = stored_policy(path)
+    policy, version, stored = stored_policy(path, version)
     return ActingPolicy(policy, inference, rows=rows), version, stored
 
 
 def deciding_policy(
-    path: Path | None, inference: InferenceConfig, *, rows: int
+    path: Path | None, inference: InferenceConfig, *, rows: int, version: int | None = None
 ) -> tuple[Policy, int, TrainConfig | None]:
     """What decides: the stored policy, or the one that is served at inference.remote, with the
-    stored one as its fallback if that is asked for.
+    stored one as its fallback if that is asked for. version: see stored_policy.
 
     ConfigError for too few or too many of them, LinkError if no policy server is ready within
     inference.patience_s.
@@ -287,14 +290,21 @@ def deciding_policy(
     if inference.remote is None:
         if path is None:
             raise ConfigError("name who decides: checkpoint=..., or inference.remote=...")
-        return acting_policy(path, inference, rows=rows)
+        return acting_policy(path, inference, rows=rows, version=version)
+    if version is not None and path is None:
+        raise ConfigError(
+            f"version={version} is of a run's weights; what inference.remote={inference.remote} "
+            "serves is chosen there"
+        )
     if inference.fallback != (path is not None):
         raise ConfigError(
             f"inference.remote={inference.remote} decides: leave checkpoint null, or set "
             "inference.fallback=true and checkpoint to the policy that decides when it does not"
         )
     local, version, stored = (
-        (None, -1, None) if path is None else acting_policy(path, inference, rows=rows)
+        (None, -1, None)
+        if path is None
+        else acting_policy(path, inference, rows=rows, version=version)
     )
     remote = connect(
         inference.remote,
@@ -306,27 +316,37 @@ def deciding_policy(
     return remote, remote.version, stored
 
 
-def stored_policy(path: Path) -> tuple[Any, int, TrainConfig | None]:
-    """Policy and version of a policy folder, or of a run's weights with its configuration: the
-    newest, unless others are pinned or newer ones are on trial.
+def stored_policy(path: Path, version: int | None = None) -> tuple[Any, int, TrainConfig | None]:
+    """Policy and version of a policy folder, or of a run's weights with its configuration: this
+    version, else the newest, unless others are pinned or newer ones are on trial.
 
     The directory of a search for weights stands for the composed policy in it.
-    Raises ConfigError if the path is neither, or the run has published nothing yet.
+    Raises ConfigError if the path is neither, or the run has no such weights.
     """
     from policies.checkpoint import load_policy, policy_from_state
 
     run = RunDir(path)
-    if (path / "model.safetensors").exists():
-        return load_policy(path), -1, None
-    if not run.exists():
+    folder = path if (path / "model.safetensors").exists() else None
+    if folder is None and not run.exists():
         raise ConfigError(f"checkpoint={path} is neither a policy folder nor a run directory")
-    config = run.read_config()
+    config = {} if folder is not None else run.read_config()
     if "policies" in config:
-        return load_policy(path / "policy"), -1, None
+        folder = path / "policy"
+    if folder is not None:
+        if version is not None:
+            raise ConfigError(f"{path} has one set of weights: leave version={version} out")
+        return load_policy(folder), -1, None
     stored = convert(config, TrainConfig)
     store = WeightStore(run.weights)
-    version = Trial(store).offered()
+    if version is None:
+        version = Trial(store).offered()
     if version is None:
         raise ConfigError(f"{path} has published no weights yet")
+    if version not in store.versions():
+        raise ConfigError(
+            f"{path} has no weights version {version}; there are "
+            f"{', '.join(map(str, store.versions()))} (a run keeps the newest learner.weights_kept "
+            "and those that are pinned)"
+        )
     arrays, manifest = store.load(version)
     return policy_from_state(manifest.config, arrays), version, stored

@@ -160,11 +160,13 @@ class CollectConfig(_Struct, frozen=True):
 class EvalConfig(_Struct, frozen=True):
     """Evaluation of a checkpoint or a run's newest weights.
 
-    checkpoint: a policy folder or a run directory; null with inference.remote. task, sim: null
-    takes the run's own. episodes, videos: of each task.
+    checkpoint: a policy folder or a run directory; null with inference.remote. version: of a run's
+    weights, null for the newest. task, sim: null takes the run's own. episodes, videos: of each
+    task.
     """
 
     checkpoint: str | None
+    version: int | None
     task: Tasks | None
     sim: SimConfig | None
     episodes: int
