@@ -6,7 +6,8 @@ import torch
 
 from benchmarks.study_improvement.__main__ import report, said
 from benchmarks.study_improvement.cells import CONTENDERS, SIMILAR
-from benchmarks.study_improvement.judging import Judged, MeanOfSamples
+from benchmarks.study_improvement.judging import IN_A_ROW, Judged, MeanOfSamples, selected_version
+from embodied.core.rundir import RunDir
 from embodied.run.config import load_train
 
 
@@ -20,7 +21,7 @@ def test_every_contender_is_a_run_that_can_be(name):
 
 
 def judged(successes, ticks):
-    return Judged(successes, ticks, steps=100, demonstrated=50.0)
+    return Judged(successes, ticks, steps=100, demonstrated=50.0, version=7)
 
 
 def test_the_report_pairs_the_same_states_of_the_same_seeds(capsys):
@@ -36,6 +37,22 @@ def test_the_report_pairs_the_same_states_of_the_same_seeds(capsys):
     report({**found, ("door", "clone"): []}, ["door"], ["PA-RL", "clone"])
     printed = capsys.readouterr().out
     assert "25; [2, 1] | – |" in printed and "PA-RL − clone" not in printed
+
+
+@pytest.mark.parametrize(
+    "good, expected",
+    [((100, 160), 6), ((0, 40), 1), ((150, 200), 8), ((0, 0), 8), ((40, 45), 3)],
+)
+def test_weights_are_selected_by_the_episodes_that_went_best(tmp_path, good, expected):
+    """25 episodes to a version; among all that are best the last."""
+    run = RunDir(tmp_path)
+    run.acquire()
+    run.metrics("actor0", {"demonstration": True, "success": True, "version": -1})
+    for episode in range(200):
+        row = {"demonstration": False, "success": good[0] <= episode < good[1]}
+        run.metrics("actor0", {**row, "version": 1 + episode // 25})
+    run.release()
+    assert IN_A_ROW == 40 and selected_version(run) == expected
 
 
 def test_the_mean_of_samples_has_no_noise_of_the_other_rows():

@@ -31,8 +31,9 @@ class Weights:
         return {"w": np.full(4, self.step, np.float32)}
 
 
-def make(tmp_path, governor, device="cpu", every=10):
-    config = msgspec.structs.replace(load_train([]).learner, device=device, publish_every=every)
+def make(tmp_path, governor, device="cpu", every=10, **options):
+    learner = load_train([]).learner
+    config = msgspec.structs.replace(learner, device=device, publish_every=every, **options)
     return Publisher(WeightStore(tmp_path), config, sitting=0, governor=governor)
 
 
@@ -52,6 +53,16 @@ def test_without_a_governor_steps_alone_decide(tmp_path):
     publisher = make(tmp_path, None)
     assert learn(publisher, Weights(wait_s=0.01), 45, step_s=1e-6) == [10, 20, 30, 40]
     assert publisher.decisions() == {}
+
+
+def test_the_newest_weights_and_pinned_ones_are_kept(tmp_path):
+    publisher, store = make(tmp_path, None, weights_kept=2), WeightStore(tmp_path)
+    learner = Weights()
+    learn(publisher, learner, 10, step_s=1e-6)
+    store.pin(1)
+    learn(publisher, learner, 40, step_s=1e-6)
+    publisher.finish()
+    assert store.versions() == [1, 4, 5]
 
 
 def test_who_waits_for_data_publishes_the_first_weights_early(tmp_path):

@@ -182,6 +182,21 @@ def test_evaluation_of_a_run_repeats_its_last_row(finished, capsys):
     assert result["mean_ticks"] == pytest.approx(last["mean_ticks"], abs=0.5)
 
 
+def test_an_earlier_version_of_a_run_is_evaluated_by_its_number(finished, capsys):
+    def said(*arguments):
+        code = main(["eval", "--json", "episodes=8", "rows=4", *arguments])
+        return code, capsys.readouterr()
+
+    halfway = finished.read("metrics", "evaluation")[0]
+    code, printed = said(f"checkpoint={finished.path}", f"version={halfway['version']}")
+    assert code == 0 and json.loads(printed.out)["version"] == halfway["version"]
+    assert json.loads(printed.out)["episodes"] == 8
+    code, printed = said(f"checkpoint={finished.path}", "version=99")
+    assert code == 2 and "no weights version 99; there are 1, 2" in " ".join(printed.err.split())
+    code, printed = said(f"checkpoint={finished.path / 'policy'}", "task=pointmass", "version=1")
+    assert code == 2 and "leave version=1 out" in " ".join(printed.err.split())
+
+
 def test_resuming_continues_the_steps_and_the_data(tmp_path):
     path = tmp_path / "run"
     assert train(path, "learner.steps=100") == 0

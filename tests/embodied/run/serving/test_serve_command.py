@@ -40,15 +40,16 @@ def served(tmp_path):
 
 
 def test_what_contradicts_itself_is_refused(tmp_path):
-    def refused(path=None, **inference):
+    def refused(path=None, version=None, **inference):
         with pytest.raises((ConfigError, LinkError)) as error:
-            deciding_policy(path, InferenceConfig(**inference), rows=1)
+            deciding_policy(path, InferenceConfig(**inference), rows=1, version=version)
         return str(error.value)
 
     assert "name who decides" in refused()
     assert "leave checkpoint null" in refused(tmp_path, remote="ipc:///nowhere")
     assert "checkpoint to the policy" in refused(remote="ipc:///nowhere", fallback=True)
     assert "name a policy server" in refused(fallback=True)
+    assert "is chosen there" in refused(version=3, remote="ipc:///nowhere")
     assert "'nowhere' is unknown" in refused(remote="nowhere")
     said = refused(remote="ipc:///nowhere", patience_s=0.01)
     assert "no answer from ipc:///nowhere" in said and "embodied serve checkpoint" in said
