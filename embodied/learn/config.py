@@ -85,9 +85,9 @@ class ActorCriticConfig(BCConfig, frozen=True, forbid_unknown_fields=True, kw_on
     """Options of algorithms that learn a critic beside the policy.
 
     only_successful: learn from successful demonstrations alone, in all phases; of what a policy
-    did, clone what led to success, and learn the critic from everything. cloning_steps,
-    offline_steps: gradient steps of the first two phases; then the policy acts. demonstrations:
-    share of them in every batch from what the run records.
+    did, clone what led to success (with recorded rewards everything), and learn the critic from
+    everything. cloning_steps, offline_steps: gradient steps of the first two phases; then the
+    policy acts. demonstrations: share of them in every batch from what the run records.
     critic: options of CriticConfig but for its horizon, which is how many actions are executed.
     critic_observations: what the critic reads of the robots, as TrainConfig.observations; None for
     what the policy does. With the simulator's own state a policy of pictures is judged by what no
