@@ -103,8 +103,13 @@ PARL = [
     "algorithm.improvement.step_size=1.0e-2",
 ]
 GLOBAL = [*PARL, "algorithm.improvement.steps=0"]
-LOCAL = ["algorithm.improvement.steps=3"]
-ONE = ["algorithm.improvement.proposals=1", "algorithm.improvement.kept=1"]
+LOCAL = ["algorithm.improvement.steps=3", "algorithm.improvement.kept=3"]
+"""About the share of the proposals that the paper keeps (10 of 32): each costs its own ascent."""
+ONE = [
+    "algorithm.improvement.proposals=1",
+    "algorithm.improvement.kept=1",
+    "algorithm.distil_data=false",  # it would be the only candidate
+]
 GAUSSIAN = [
     "policy=gaussian",
     "policy.horizon=4",
