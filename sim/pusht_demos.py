@@ -31,7 +31,7 @@ class PushTDemonstrations:
         path: str
         images: bool = False
 
-    task = "pusht"
+    tasks = frozenset({"pusht"})
 
     def __init__(self, config: Config) -> None:
         self._path = Path(config.path)
@@ -70,7 +70,7 @@ class PushTDemonstrations:
                     action=self._action[row],
                     truncated=row == end - 2,
                     intervention=True,
-                    task=self.task,
+                    task="pusht",
                     final=final,
                 )
             )

@@ -34,21 +34,21 @@ class ActorCritic(BC):
         self._shared.check_value_range(low, high)
 
     def sources(self) -> dict[str, OwnSource]:
-        """Demonstrations, and what the policy did since it acts."""
+        """Demonstrations, and what a policy did; either may be missing."""
         share = self._shared.demonstrations
         return {
-            f"{OWN}.demonstrations": OwnSource(self.select, share),
+            f"{OWN}.demonstrations": OwnSource(self.select, share, optional=True),
             f"{OWN}.online": OwnSource(select_own_actions, 1 - share, optional=True),
         }
 
     def windows(self, spec: WindowSpec, n_action_steps: int) -> WindowSpec:
-        """With returns over the actions that are executed, and to go if success is asked for."""
+        """With returns over the actions that are executed, and success if it is asked for."""
         return msgspec.structs.replace(
             spec,
             n_step=n_action_steps,
             discount=self._shared.discount,
             rewards=self._shared.rewards,
-            return_to_go=self._shared.only_successful,
+            episode_success=self._shared.only_successful,
         )
 
 

@@ -85,10 +85,10 @@ class ActorCriticConfig(BCConfig, frozen=True, forbid_unknown_fields=True, kw_on
     """Options of algorithms that learn a critic beside the policy.
 
     only_successful: learn from successful demonstrations alone, in all phases; of what a policy
-    did, clone what led to success (with recorded rewards everything), and learn the critic from
-    everything. cloning_steps, offline_steps: gradient steps of the first two phases; then the
-    policy acts. demonstrations: share of them in every batch from what the run records.
-    critic: options of CriticConfig but for its horizon, which is how many actions are executed.
+    did, clone what led to success, and learn the critic from everything. cloning_steps,
+    offline_steps: gradient steps of the first two phases; then the policy acts. demonstrations:
+    share of them in every batch from what the run records. critic: options of CriticConfig but
+    for its horizon, which is how many actions are executed.
     critic_observations: what the critic reads of the robots, as TrainConfig.observations; None for
     what the policy does. With the simulator's own state a policy of pictures is judged by what no
     camera shows (Pinto et al. 2017, arXiv:1710.06542); inference.critic=false then acts on robots
@@ -135,8 +135,8 @@ class PARLConfig(ActorCriticConfig, frozen=True, forbid_unknown_fields=True, kw_
     policy proposed for an observation is used again in backups and distillation; 0 draws each time.
     proposers: processes beside the learner that draw again what is older; 0: the learner does.
     distil_learning_rate; distil_temperature: see ImprovementConfig. distil_data: whether the
-    recorded action is among the candidates. distil_successes: distil only situations from which
-    more was earned than the least possible; of episodes without a success, none. conservatism:
+    recorded action is among the candidates. distil_successes: distil only situations out of
+    episodes that succeeded. conservatism:
     weight α of the regulariser of Cal-QL in the critic's loss, 0 for none: by how much other
     actions are held below the recorded ones; conservatism_actions: how many random ones, and how
     many copies of each of the policy's two.
@@ -153,11 +153,18 @@ class PARLConfig(ActorCriticConfig, frozen=True, forbid_unknown_fields=True, kw_
     conservatism_actions: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 10
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for processes that would have nothing to do."""
+        """Raise ConfigError for processes that would have nothing to do, and for candidates none of
+        which the policy proposed."""
         if self.proposers and not self.proposals_age:
             raise ConfigError(
                 f"algorithm.proposers={self.proposers} draw anew what is older than "
                 "algorithm.proposals_age, and 0 keeps nothing: raise it, or set proposers=0"
+            )
+        if self.distil_data and self.improvement.get("kept") == 1:
+            raise ConfigError(
+                "algorithm.improvement.kept=1 with distil_data=true distils the recorded action "
+                "alone, which takes the place of the worst that is kept: set distil_data=false, or "
+                "keep 2"
             )
 
 

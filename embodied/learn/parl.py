@@ -30,12 +30,14 @@ class PARL(ActorCritic):
         self.proposers = config.proposers
 
     def windows(self, spec: WindowSpec, n_action_steps: int) -> WindowSpec:
-        """See ActorCritic; with returns to go if something asks what an episode came to."""
+        """See ActorCritic; with what an episode came to, if something asks for it."""
         options = self._options
         windows = super().windows(spec, n_action_steps)
-        if options.conservatism > 0 or options.distil_successes:
-            windows = msgspec.structs.replace(windows, return_to_go=True)
-        return windows
+        return msgspec.structs.replace(
+            windows,
+            return_to_go=options.conservatism > 0,
+            episode_success=windows.episode_success or options.distil_successes,
+        )
 
     def updates(
         self, policy: Any, options: LearnerConfig, seed: int, proposers: Proposers | None = None

@@ -12,7 +12,7 @@ from embodied.buffer.load.loader import LoaderClient
 from embodied.buffer.read.replay import EpisodeInfo, ReplayReader
 from embodied.buffer.sample.limiter import RateLimiter
 from embodied.buffer.sample.sampling import Sampling
-from embodied.core.errors import CorruptDataError
+from embodied.core.errors import ConfigError, CorruptDataError
 from embodied.core.seeds import derive_seed, make_rng
 from embodied.learn.batches import Batches, InlineBatches, LoadedBatches
 from embodied.learn.bc import BC
@@ -111,6 +111,12 @@ class Trainer:
         sampler = self._sampling.sampler
         sampler.load(drawn)
         if self.learner is None:
+            if not sampler.num_candidates:
+                raise ConfigError(
+                    f"of {self._reader.num_closed} episodes the algorithm selects no step; "
+                    "failed ones need algorithm.only_successful=false, and what a policy did needs "
+                    "an algorithm that learns from it (docs/learning.md)"
+                )
             policy = self._format.make(sampler.statistics(self._format.statistics))
             self.learner = Learner(policy, self._format, self._config, seed=training_seed)
         if self._start_loader is None:

@@ -18,7 +18,7 @@ from embodied.core.protocols import Policy
 from embodied.core.seeds import make_rng
 from embodied.run.algorithm import make_algorithm
 from embodied.run.config import TrainConfig
-from embodied.run.demonstrating import demonstrations_of
+from embodied.run.demonstrating import demonstrations_of, recall
 from embodied.run.fitting import fit_to
 from embodied.run.goals import ExpertGoals
 from embodied.run.handover import obey, shared_rollout
@@ -126,14 +126,9 @@ class Actor:
         return any(shared.owed for shared in self._demonstrations)
 
     def recall(self, reader: ReplayReader) -> None:
-        """After a restart: count the demonstrations that are recorded already."""
+        """Count its demonstrations that are recorded already, and see how long others' are."""
         reader.refresh()
-        rows = {stream: row for row, stream in enumerate(self._streams)}
-        for episode in reader.episodes:
-            ticks = len(episode.rows)
-            if episode.closed and episode.interventions == ticks and episode.stream in rows:
-                shared = self._demonstrations[rows[episode.stream]]
-                shared.note(success=episode.success, ticks=ticks)
+        recall(dict(zip(self._streams, self._demonstrations, strict=True)), reader.episodes)
 
     def poll_weights(self) -> bool:
         """Take the newest published weights, if there are newer ones, and connect to the policy

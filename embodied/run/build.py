@@ -211,19 +211,22 @@ def import_demonstrations(
         return None
     cls, options = component("datasets", demonstrations.dataset or {}, "demonstrations.dataset")
     dataset = cls(options)
-    if dataset.task not in tasks:
+    if foreign := sorted(dataset.tasks - set(tasks)):
         raise ConfigError(
-            f"demonstrations.dataset holds task '{dataset.task}', the run's task is "
-            f"'{', '.join(tasks)}'"
+            f"demonstrations.dataset holds episodes of {', '.join(foreign)}, and the run's task is "
+            f"{', '.join(tasks)}; foreign formats have options to rename (task) and choose them "
+            "(only_tasks)"
         )
     return import_dataset(sink, dataset.episodes(demonstrations.episodes))
 
 
 def demonstrations_wanted(config: TrainConfig) -> int:
-    """How many whole demonstrations must be there before training starts."""
-    if config.demonstrations.source == "expert":
-        return len(config.tasks) * (config.demonstrations.episodes or 0)
-    return 1
+    """How many whole demonstrations must be there before training starts: of a dataset, which is
+    there from the beginning, none, and without either source what a person will record."""
+    demonstrations = config.demonstrations
+    if demonstrations.source == "expert":
+        return len(config.tasks) * (demonstrations.episodes or 0)
+    return 0 if demonstrations.source == "dataset" else 1
 
 
 def evaluation_row(

@@ -1,5 +1,8 @@
 """The demonstrations that an actor owes."""
 
+from collections.abc import Iterable, Mapping
+
+from embodied.buffer.read.replay import EpisodeInfo
 from embodied.core.errors import EmbodiedError
 from embodied.run.config import TrainConfig
 from embodied.run.tasks import robot_task
@@ -8,11 +11,12 @@ _ATTEMPTS_PER_DEMONSTRATION = 5
 
 
 class Demonstrations:
-    """Those of one task. longest_ticks: of the successful ones, 0 while there are none."""
+    """Those of one task. longest_ticks: of the successful ones, those of others that `saw` was told
+    included; 0 while there are none."""
 
     def __init__(self, task: str, wanted: int) -> None:
         self.longest_ticks = 0
-        self._task = task
+        self.task = task
         self._wanted = wanted
         self._done = 0
         self._attempts = 0
@@ -34,18 +38,37 @@ class Demonstrations:
         """The robot's episode, of whatever kind, has ended or will not."""
         self._in_hand.discard(row)
 
+    def saw(self, ticks: int) -> None:
+        """Somebody else's succeeded."""
+        self.longest_ticks = max(self.longest_ticks, ticks)
+
     def note(self, *, success: bool, ticks: int) -> None:
         """Count one; EmbodiedError once so many have failed that the rest are not to be had."""
         self._attempts += 1
         if success:
             self._done += 1
-            self.longest_ticks = max(self.longest_ticks, ticks)
+            self.saw(ticks)
         if self.owed and self._attempts >= _ATTEMPTS_PER_DEMONSTRATION * max(2, self._wanted):
             raise EmbodiedError(
-                f"the expert for '{self._task}' succeeded in {self._done} of {self._attempts} "
+                f"the expert for '{self.task}' succeeded in {self._done} of {self._attempts} "
                 f"attempts; {self._wanted} demonstrations are not to be had. Lower "
                 "demonstrations.noise or raise sim.horizon"
             )
+
+
+def recall(own: Mapping[str, Demonstrations], episodes: Iterable[EpisodeInfo]) -> None:
+    """Count the whole demonstrations among recorded episodes that are an actor's own, by stream;
+    of others', see how long they are."""
+    for episode in episodes:
+        ticks = len(episode.rows)
+        if not episode.closed or episode.interventions != ticks:
+            continue
+        if episode.stream in own:
+            own[episode.stream].note(success=episode.success, ticks=ticks)
+        elif episode.success:
+            for shared in own.values():
+                if shared.task == episode.task:
+                    shared.saw(ticks)
 
 
 def demonstrations_of(config: TrainConfig, actor: int) -> list[Demonstrations]:

@@ -71,7 +71,8 @@ class StackedMLP(nn.Module):
     def forward(self, cond_BC: torch.Tensor, chunk_BnA: torch.Tensor) -> torch.Tensor:
         """[E, B, n, K] of the conditioning and the chunk, one after the other, as inputs.
 
-        The conditioning's share of the first layer is computed once for all n.
+        The conditioning's share of the first layer is computed once for all n. The last layer is
+        computed in float32 under any precision: what is ranked differs little.
         """
         cond_EIW, chunk_EIW = self.inlet.weight_EIO.split(
             [self.cond_dim, chunk_BnA.shape[-1]], dim=1
@@ -82,7 +83,9 @@ class StackedMLP(nn.Module):
         x_ENW = F.silu(self.norms[0](x_EBnW.flatten(1, 2)))
         for layer, norm in zip(self.layers, self.norms[1:], strict=True):
             x_ENW = F.silu(norm(layer(x_ENW)))
-        return self.outlet(x_ENW).unflatten(1, chunk_BnA.shape[:2])
+        with torch.autocast(x_ENW.device.type, enabled=False):
+            out_ENK = self.outlet(x_ENW.to(self.outlet.weight_EIO.dtype))
+        return out_ENK.unflatten(1, chunk_BnA.shape[:2])
 
 
 class EnsembleCritic(nn.Module):

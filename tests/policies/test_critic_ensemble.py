@@ -145,6 +145,21 @@ def seeing(make, spec):
     return critic, obs
 
 
+@pytest.mark.parametrize("head", [HISTOGRAM, {"name": "scalar"}])
+def test_values_that_are_near_each_other_stay_apart_in_bfloat16(make, spec, head):
+    critic = make.awaken(make.critic(spec, **SIZES, head=head))
+    with torch.no_grad():
+        critic.network.outlet.bias_E1O.add_(-60.0 if head["name"] == "scalar" else 0.0)
+        asked = torch.zeros(1, critic.encoder.dim), actions(1, 64, 6, 2)
+        exact = critic.values(*asked)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = critic.values(*asked)
+    assert found.dtype == torch.float32
+    for member, wanted in zip(found[:, 0], exact[:, 0], strict=True):
+        assert len(member.unique()) > 50
+        assert np.corrcoef(member.numpy(), wanted.numpy())[0, 1] > 0.95
+
+
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_pictures_and_instructions_are_encoded_once_and_learned_from(make, spec, bfloat16):
     critic, obs = seeing(make, spec)

@@ -133,7 +133,8 @@ def test_a_dataset_of_another_task_is_refused(tmp_path, capsys):
         f"output={tmp_path / 'buffer'}",
     ]
     assert main(arguments) == 2
-    assert "holds task 'pusht'" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "holds episodes of pusht, and the run's task is pointmass" in said
 
 
 def test_pictures_are_read_from_a_zarr_archive(tmp_path):

@@ -50,6 +50,7 @@ def batches(count, seed=0):
             "return": rng.uniform(-2, 0, 32).astype(np.float32),
             "discount": np.full(32, 0.9, np.float32),
             "return_to_go": rng.uniform(-4, 0, 32).astype(np.float32),
+            "episode_success": np.ones(32, bool),
         }
 
 

@@ -86,6 +86,8 @@ def reference(steps, t, spec, is_selected):
         taken = acted[t : t + spec.n_step]
         value = sum(spec.discount**k * reward(s, spec) for k, s in enumerate(taken))
         alive = not any(s.terminated for s in taken)
+        if spec.rewards == "cost" and not alive and not any(s.success for s in taken):
+            value -= spec.discount ** len(taken) / (1 - spec.discount)
         sample["return"] = np.float32(value)
         sample["discount"] = np.float32(spec.discount ** len(taken) if alive else 0)
         for key in spec.observation_keys:
@@ -94,6 +96,8 @@ def reference(steps, t, spec, is_selected):
         left = sum(spec.discount**k * reward(s, spec) for k, s in enumerate(acted[t:]))
         failed = spec.rewards == "cost" and not any(s.success for s in acted)
         sample["return_to_go"] = np.float32(-1 / (1 - spec.discount) if failed else left)
+    if spec.episode_success:
+        sample["episode_success"] = np.array(any(s.success for s in acted))
     if spec.future:
         ends = len(acted)
         for key in spec.future_keys:

@@ -26,8 +26,8 @@ class Dataset(Protocol):
     in the group `datasets`."""
 
     @property
-    def task(self) -> str:
-        """The task of all episodes. Raises ConfigError if there are several or none."""
+    def tasks(self) -> frozenset[str]:
+        """Of which tasks the episodes are, or may be. Raises ConfigError if there is none."""
         ...
 
     def episodes(self, limit: int | None = None) -> Iterator[list[Step]]:

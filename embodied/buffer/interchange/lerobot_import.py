@@ -114,17 +114,11 @@ class LeRobotEpisodes:
         return len(self._episodes)
 
     @property
-    def task(self) -> str:
-        """The task of all episodes. Raises ConfigError if there are several."""
-        tasks = set(self._config.only_tasks) or set(self._tasks.values())
+    def tasks(self) -> frozenset[str]:
+        """See Dataset."""
         if self._config.task is not None:
-            return self._config.task
-        if len(tasks) != 1:
-            raise ConfigError(
-                f"{self._root} holds {len(tasks)} tasks: {'; '.join(sorted(tasks))}. Take one by "
-                "only_tasks=[…], or give all of them one name by task=…"
-            )
-        return tasks.pop()
+            return frozenset({self._config.task})
+        return frozenset(self._config.only_tasks or self._tasks.values())
 
     def episodes(self, limit: int | None = None) -> Iterator[list[Step]]:
         """Episodes in the data set's order; decoding is sequential."""

@@ -26,13 +26,9 @@ class RecordedEpisodes:
             raise ConfigError(f"demonstrations.dataset.path: no buffer folder {self._path}")
         self._reader = ReplayReader(self._path, ram_bytes=config.ram_mib << 20)
         self._reader.refresh()
-        tasks = {episode.task for episode in self._reader.finished()}
-        if len(tasks) != 1:
-            raise ConfigError(
-                f"{self._path} holds finished episodes of {sorted(tasks) or 'no task'}; "
-                "episodes of one task are wanted"
-            )
-        self.task = tasks.pop()
+        self.tasks = frozenset(episode.task for episode in self._reader.finished())
+        if not self.tasks:
+            raise ConfigError(f"{self._path} holds no finished episode")
 
     def episodes(self, limit: int | None = None) -> Iterator[list[Step]]:
         """Finished episodes in the order in which they ended."""

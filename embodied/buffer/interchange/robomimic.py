@@ -76,8 +76,12 @@ class RobomimicEpisodes:
         return len(self._demos)
 
     @property
-    def task(self) -> str:
+    def tasks(self) -> frozenset[str]:
         """The configured task, or the file's environment. Raises ConfigError without either."""
+        return frozenset({self._task})
+
+    @property
+    def _task(self) -> str:
         name = self._config.task or self._arguments.get("env_name")
         if not isinstance(name, str):
             raise ConfigError(f"{self._path} does not name its task; give task=…")
@@ -123,7 +127,7 @@ class RobomimicEpisodes:
             where=where,
             stream=stream,
             number=number,
-            task=self.task,
+            task=self._task,
             observation=observation,
             action=action[:length],
             reward=reward[:length],

@@ -51,7 +51,8 @@ class VideoFolder:
         )
         if not self._files:
             raise ConfigError(f"{self._root} holds no video file ({' '.join(SUFFIXES)})")
-        self.task = config.task or self._root.resolve().name
+        self._task = config.task or self._root.resolve().name
+        self.tasks = frozenset({self._task})
 
     def __len__(self) -> int:
         return len(self._files)
@@ -72,7 +73,7 @@ class VideoFolder:
                 f"{self._root.resolve().name}/{name.decode()}", *origin, pictures[0]
             ),
             number=0,
-            task=self.task,
+            task=self._task,
             observation={self._config.key: pictures},
             action=np.zeros((length, 1), np.float32),
             reward=np.zeros(length, np.float32),

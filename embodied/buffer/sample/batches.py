@@ -13,6 +13,7 @@ from embodied.buffer.read.episodes import EpisodeInfo
 from embodied.buffer.read.gather import DamagedRowsError
 from embodied.buffer.sample.returns import reward_column, rewards_of
 from embodied.buffer.sample.windows import (
+    EPISODE_SUCCESS,
     FUTURE,
     FUTURE_IS_PAD,
     NEXT,
@@ -118,6 +119,8 @@ def window_sizes(reader: StepReader, spec: WindowSpec, *, weighted: bool) -> dic
         sizes |= {NEXT + key: size for key, size in observations.items()}
     if spec.return_to_go:
         sizes[RETURN_TO_GO] = ArraySize(_FLOAT32, ())
+    if spec.episode_success:
+        sizes[EPISODE_SUCCESS] = ArraySize(_BOOL, ())
     if spec.future:
         for key in spec.future_keys:
             feature = reader.feature(key)
@@ -163,6 +166,8 @@ def fetch_windows(reader: StepReader, spec: WindowSpec, draw: Draw, batch: Array
         _fetch_backup(reader, spec, rows.backup, batch)
     if rows.returns is not None:
         batch[RETURN_TO_GO][...] = rows.returns
+    if spec.episode_success:
+        batch[EPISODE_SUCCESS][...] = rows.successes
     if spec.metadata:
         metadata = {name: batch[name] for name in spec.metadata}
         reader.gather(spec.metadata, rows.observed[:, -1], metadata)
@@ -182,10 +187,15 @@ def _fetch_backup(reader: StepReader, spec: WindowSpec, backup: Backup, batch: A
     reader.gather(keys, backup.observed, {key: batch[NEXT + key] for key in keys})
     found = reader.gather((reward_column(spec), "terminated"), backup.rows)
     rewards = np.where(backup.beyond, 0.0, rewards_of(spec, found))
-    batch["return"][...] = rewards @ spec.discount ** np.arange(spec.n_step)
+    returns = rewards @ spec.discount ** np.arange(spec.n_step)
     # Behind the end the last step is repeated, which is one of the m steps.
     terminated = found["terminated"].any(axis=1)
-    batch["discount"][...] = np.where(terminated, 0.0, spec.discount**backup.taken)
+    discount = spec.discount**backup.taken
+    if spec.rewards == "cost":
+        failed = terminated & ~found["success"].any(axis=1)
+        returns -= np.where(failed, discount / (1 - spec.discount), 0.0)
+    batch["return"][...] = returns
+    batch["discount"][...] = np.where(terminated, 0.0, discount)
 
 
 def batch_arrays(sizes: Mapping[str, ArraySize], out: Mapping[str, np.ndarray] | None) -> Arrays:

@@ -228,7 +228,8 @@ class WindowSampler:
         self._texts.check(tasks)
         # From here on nothing can fail: an episode is taken over as a whole or not at all.
         final_rows = np.array([episode.final_row for episode in episodes], np.int64)
-        numbers = self._index.add(rows, lengths, final_rows, selected, to_go)
+        successes = np.array([episode.success for episode in episodes], np.bool_)
+        numbers = self._index.add(rows, lengths, final_rows, selected, successes, to_go)
         if tasks:
             self._texts.add(numbers, tasks)
         self._keys += [episode.key for episode in episodes]

@@ -6,12 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from embodied.buffer.log.segments import list_segments
-from embodied.buffer.read.replay import ReplayReader
+from embodied.buffer.read.replay import EpisodeInfo, ReplayReader
 from embodied.buffer.sample.action_free import ActionFreeReader
 from embodied.buffer.sample.draws import DrawStrategy
-from embodied.buffer.sample.samplers import Sampler, Select, WindowSampler, WindowSpec, select_all
+from embodied.buffer.sample.samplers import (
+    Sampler,
+    Select,
+    StepFlags,
+    WindowSampler,
+    WindowSpec,
+    select_all,
+)
 from embodied.buffer.sample.sources import MixtureSampler
 from embodied.core.config import component
 from embodied.core.errors import ConfigError
@@ -47,9 +55,9 @@ class SourceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 class SamplingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """draw: name of a draw strategy (uniform, recency, weighted, stratified, prioritised) and its
-    options. ratio: the part of every batch that comes from what the run records. sources: name →
-    what else batches are mixed from, in exact ratios (see sources.Quotas).
+    """draw: name of a draw strategy (uniform, recency, weighted, stratified) and its options.
+    ratio: the part of every batch that comes from what the run records. sources: name → what
+    else batches are mixed from, in exact ratios (see sources.Quotas).
     """
 
     draw: dict[str, Any] = msgspec.field(default_factory=lambda: {"name": "uniform"})
@@ -127,9 +135,9 @@ def open_sampling(
 ) -> Sampling:
     """The sampler over the run's reader and all sources, as these are now.
 
-    own: names and parts of what the run records; of further sources with actions the first part's
-    steps are taken. instruction: see WindowSampler. Raises ConfigError for an unknown strategy,
-    wrong options, or a source without data.
+    own: names and parts of what the run records; of further sources with actions those steps
+    are taken that any part would take. instruction: see WindowSampler. Raises ConfigError for
+    an unknown strategy, wrong options, or a source without data.
     """
     samplers = {
         name: WindowSampler(
@@ -145,7 +153,6 @@ def open_sampling(
         return Sampling(next(iter(samplers.values())))
     shares = sum(part.share for part in own.values())
     ratios = {name: config.ratio * part.share / shares for name, part in own.items()}
-    select = next(iter(own.values())).select
     readers: list[ReplayReader] = []
     try:
         for name, source in config.sources.items():
@@ -155,7 +162,7 @@ def open_sampling(
             readers.append(found)
             found.refresh()
             steps = found if source.actions else ActionFreeReader(found, reader)
-            chosen = select if source.actions else select_all
+            chosen = _any_of(own) if source.actions else select_all
             samplers[name] = WindowSampler(steps, spec, chosen, draw, instruction=instruction)
             if samplers[name].num_candidates == 0:
                 raise ConfigError(
@@ -172,8 +179,20 @@ def open_sampling(
         raise
 
 
+def _any_of(own: Mapping[str, OwnSource]) -> Select:
+    def select(episode: EpisodeInfo, flags: StepFlags) -> np.ndarray:
+        return np.any([part.select(episode, flags) for part in own.values()], axis=0)
+
+    return select
+
+
 def _make_draw(options: dict[str, Any], where: str) -> DrawStrategy:
     cls, config = component("draws", options, where)
+    if cls.has_weights:
+        raise ConfigError(
+            f"{where}.name={options['name']} draws by priorities, which no algorithm sets; it is "
+            "for a sampler of your own in Python"
+        )
     return cls(config)
 
 

@@ -22,6 +22,8 @@ NEXT = "next."
 
 RETURN_TO_GO = "return_to_go"
 
+EPISODE_SUCCESS = "episode_success"
+
 FUTURE = "future."
 """What the name of later observations begins with, which are to be predicted."""
 
@@ -31,6 +33,7 @@ _TAKEN = frozenset(("action", "action_is_pad", "reward", "terminated", "truncate
 _BATCH_NAMES = _TAKEN | {
     "discount",
     RETURN_TO_GO,
+    EPISODE_SUCCESS,
     "weight",
     "source",
     FUTURE_IS_PAD,
@@ -53,13 +56,16 @@ class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     of the m steps terminated. A target is return + discount · value(next observation): an
     episode that was only truncated bootstraps from its last observation (as RLPD, Ball et al.
     2023). discount: per step. rewards: "recorded", or a convention over whether the step succeeded:
-    "sparse" is 1 where it did, else 0; "cost" is 0 where it did, else −1.
+    "sparse" is 1 where it did, else 0; "cost" is 0 where it did, else −1, and what terminates
+    without success goes on costing: `return` then has −discount^m / (1 − discount) as well, since
+    failing early must not be cheaper than succeeding late.
 
     return_to_go: adds `return_to_go` = Σ_k discount^k · reward_{t+k} over all steps from t to the
     episode's end: what was earned in fact (Monte Carlo). Behind the end nothing is added, be it
     terminated or truncated: a time-out is not bootstrapped. By "cost" an episode without any
     success would go on costing, so all its steps have −1 / (1 − discount), the least there is
     (Mark et al. 2024). Only complete episodes are drawn from, so it is known of every window.
+    episode_success: adds `episode_success`, whether the episode succeeded (see EpisodeInfo).
 
     metadata: columns of step t to add, out of METADATA. task_bytes: L; 0 for none, else the
     episode's task in words, as L bytes, is added to the observations. goal_keys: observation keys
@@ -80,6 +86,7 @@ class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     goal_keys: tuple[str, ...] = ()
     rewards: Literal["recorded", "sparse", "cost"] = "recorded"
     return_to_go: bool = False
+    episode_success: bool = False
     future: tuple[int, ...] = ()
     future_keys: tuple[str, ...] = ()
 
@@ -99,10 +106,10 @@ class WindowSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"discount is {self.discount} but n_step 0, so nothing is discounted; set n_step "
                 "to at least 1, or leave discount out"
             )
-        if self.return_to_go and self.rewards == "cost" and self.discount == 1:
+        if (self.return_to_go or self.n_step) and self.rewards == "cost" and self.discount == 1:
             raise ConfigError(
-                "return_to_go of an episode that failed has no bound with rewards=cost and "
-                "discount=1; a discount below 1 is right"
+                "what a failure costs has no bound with rewards=cost and discount=1; a discount "
+                "below 1 is right"
             )
         if unknown := set(self.metadata) - set(METADATA):
             raise ConfigError(
@@ -141,7 +148,7 @@ class Windows:
     being repeated. beyond, selected: bool [B, H], whether each is behind the end, and selected.
     last: of the episode's last observation, int64 [B]. later: of the observations at the spec's
     offsets, int64 [B, S], the last one being repeated. past_end: bool [B, S], whether each is
-    behind the end. returns: to go, float32 [B], if wanted."""
+    behind the end. returns: to go, float32 [B], if wanted. successes: of the episodes, bool [B]."""
 
     observed: np.ndarray
     future: np.ndarray
@@ -152,6 +159,7 @@ class Windows:
     past_end: np.ndarray
     backup: Backup | None
     returns: np.ndarray | None
+    successes: np.ndarray
 
 
 class WindowIndex:
@@ -168,10 +176,12 @@ class WindowIndex:
         self._selected = GrowingArray(np.bool_)
         self._candidates = GrowingArray(np.int64)
         self._returns = GrowingArray(np.float32)
-        # Of each episode: its first position, that of its last observation, its first number.
+        # Of each episode: its first position, that of its last observation, its first number, and
+        # whether it succeeded.
         self._starts = GrowingArray(np.int64)
         self._ends = GrowingArray(np.int64)
         self._numbers = GrowingArray(np.int64)
+        self._successes = GrowingArray(np.bool_)
         self._next_number = 0
 
     def add(
@@ -180,12 +190,13 @@ class WindowIndex:
         lengths: np.ndarray,
         final_rows: np.ndarray,
         selected: np.ndarray,
+        successes: np.ndarray,
         returns: np.ndarray | None = None,
     ) -> np.ndarray:
         """Add E episodes: their steps' rows one after the other and which of them are selected
-        [sum of lengths], their numbers of steps [E], the rows of their last observations [E]; the
-        steps' returns to go, of all episodes or none. Returns the numbers of their first steps,
-        int64 [E]."""
+        [sum of lengths], their numbers of steps [E], the rows of their last observations [E],
+        whether they succeeded, bool [E]; the steps' returns to go, of all episodes or none.
+        Returns the numbers of their first steps, int64 [E]."""
         before = len(self._order)
         ends = np.cumsum(lengths + 1) - 1
         size = len(rows) + len(lengths)
@@ -205,6 +216,7 @@ class WindowIndex:
         self._ends.extend(before + ends)
         numbers = self._next_number + ends - lengths
         self._numbers.extend(numbers)
+        self._successes.extend(successes)
         self._next_number += size
         return numbers
 
@@ -220,6 +232,7 @@ class WindowIndex:
         self._starts.replace(moved[ends[~removed]] - (ends - starts)[~removed])
         self._ends.replace(moved[ends[~removed]])
         self._numbers.replace(self._numbers.view[~removed])
+        self._successes.replace(self._successes.view[~removed])
         self._order.replace(self._order.view[left])
         self._selected.replace(self._selected.view[left])
         if len(self._returns):
@@ -270,7 +283,10 @@ class WindowIndex:
         later = self._order.view[np.minimum(later, ends[:, None])]
         last = self._order.view[ends]
         returns = self._returns.view[positions] if spec.return_to_go else None
-        return Windows(observed, future, beyond, selected, last, later, past_end, backup, returns)
+        successes = self._successes.view[episodes]
+        return Windows(
+            observed, future, beyond, selected, last, later, past_end, backup, returns, successes
+        )
 
     def _episodes(self, positions: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._starts.view, positions, side="right") - 1

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from embodied.buffer.sample.windows import NEXT, RETURN_TO_GO
+from embodied.buffer.sample.windows import EPISODE_SUCCESS, NEXT
 from embodied.core.errors import EmbodiedError
 from embodied.core.seeds import derive_seed
 from embodied.learn.config import ActorCriticConfig, LearnerConfig
@@ -84,7 +84,7 @@ class CriticUpdates(ABC):
     def _clone(self, batch: Batch, optimisers: Optimisers, step: int) -> dict[str, float]:
         if self._shared.only_successful:
             batch = self._successes(batch)
-            if not len(batch[RETURN_TO_GO]):
+            if not len(batch[EPISODE_SUCCESS]):
                 return {"loss": 0.0}
         warm = warmed(step, self._learner.warmup_steps)
         rate = self._learner.learning_rate * warm * cosine(step / self._shared.cloning_steps)
@@ -93,9 +93,8 @@ class CriticUpdates(ABC):
         return {**metrics, "grad_norm": norm, "learning_rate": rate}
 
     def _successes(self, batch: Batch) -> Batch:
-        """The rows from which more was earned than the least possible."""
-        succeeds_B = batch[RETURN_TO_GO] > self._shared.value_range()[0]
-        return {key: x[succeeds_B] for key, x in batch.items()}
+        """The rows out of episodes that succeeded."""
+        return {key: x[batch[EPISODE_SUCCESS]] for key, x in batch.items()}
 
     @torch.no_grad()
     def _least(self, observation: Batch, chunk_BHD: torch.Tensor) -> torch.Tensor:

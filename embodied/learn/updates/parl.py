@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from embodied.buffer.sample.windows import FUTURE_IS_PAD, RETURN_TO_GO
+from embodied.buffer.sample.windows import EPISODE_SUCCESS, FUTURE_IS_PAD, RETURN_TO_GO
 from embodied.core.seeds import derive_seed
 from embodied.learn.config import LearnerConfig, PARLConfig
 from embodied.learn.proposers import Proposers
@@ -103,7 +103,7 @@ class PARLUpdates(CriticUpdates):
         seed = derive_seed(self._seed, "distillation", step)
         if options.distil_successes:
             batch = self._successes(batch)
-            if not len(batch[RETURN_TO_GO]):
+            if not len(batch[EPISODE_SUCCESS]):
                 return {}
         observation = self._observed(batch)
         best_BHD = self._policy.optimised(

@@ -137,13 +137,12 @@ def test_importing_twice_adds_nothing_and_a_longer_recording_adds_the_rest(tmp_p
             assert reader.num_closed == episodes
 
 
-def test_one_task_is_asked_for_where_there_are_several(tmp_path):
+def test_of_several_tasks_some_are_chosen_or_all_renamed(tmp_path):
     root = lerobot_v3.write(tmp_path / "set", (3, 4, 5), tasks=("push", "lift"))
-    with pytest.raises(ConfigError, match=r"holds 2 tasks: lift; push.*only_tasks"):
-        _ = opened(root).task
-    assert opened(root, task="both").task == "both"
+    assert opened(root).tasks == {"push", "lift"}
+    assert opened(root, task="both").tasks == {"both"}
     chosen = opened(root, only_tasks=("lift",))
-    assert chosen.task == "lift" and [len(e) for e in chosen.episodes(limit=1)] == [4]
+    assert chosen.tasks == {"lift"} and [len(e) for e in chosen.episodes(limit=1)] == [4]
     assert [len(e) for e in opened(root, only_tasks=("push",)).episodes()] == [3, 5]
     with pytest.raises(ConfigError, match="no task pull; it has lift; push"):
         opened(root, only_tasks=("pull",))

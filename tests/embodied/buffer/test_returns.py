@@ -1,5 +1,6 @@
 """Returns to go of episodes that succeed, run out of time, or still go on."""
 
+import msgspec
 import numpy as np
 import pytest
 from memory import MemoryReader
@@ -56,6 +57,21 @@ def test_what_failed_would_have_gone_on_costing_and_a_time_out_is_not_bootstrapp
     sparse = found(WindowSampler(reader, spec_of("sparse")))
     assert [sparse[0, t] for t in range(3)] == [0.25, 0.5, 1.0]
     assert [sparse[1, t] for t in range(2)] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("n_step", [1, 2, 7])
+def test_a_failure_that_ends_the_episode_is_never_cheaper_than_going_on(n_step):
+    """Whatever the horizon of the backup, what bootstraps nothing costs what is still to come."""
+    reader = MemoryReader()
+    record(reader, 0, [False] * 4, terminated=True)
+    record(reader, 1, [False] * 3 + [True], terminated=True)
+    spec = msgspec.structs.replace(spec_of("cost"), n_step=n_step, discount=0.9)
+    batch = WindowSampler(reader, spec).sample(400, np.random.default_rng(0))
+    ended = batch["discount"] == 0
+    np.testing.assert_allclose(batch["return"][ended], batch[RETURN_TO_GO][ended], rtol=1e-5)
+    failed = batch[STATE][:, 0, 1] == 0
+    assert {key_of(batch, b)[1:] for b in np.flatnonzero(ended & failed)} >= {(0, 3)}
+    np.testing.assert_allclose(batch["return"][ended & failed], -10, rtol=1e-5)
 
 
 def test_recorded_rewards_are_summed_as_they_are():

@@ -25,7 +25,7 @@ def path(tmp_path):
 
 def test_demonstrations_become_episodes(path):
     first, second = read(path)
-    assert opened(path).task == "Lift" and len(opened(path)) == 2
+    assert opened(path).tasks == {"Lift"} and len(opened(path)) == 2
     assert [len(first), len(second)] == [5, 4]
     assert first[0].observation.keys() == {
         "observation.robot0_eef_pos",

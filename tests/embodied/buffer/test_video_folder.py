@@ -133,7 +133,7 @@ def test_names_depend_on_file_and_rate_alone_so_that_importing_again_adds_nothin
     first, second = folder(tmp_path).episodes()
     assert second[0].key == before[0].key != first[0].key
     other = list(folder(tmp_path, hz=5).episodes())[1]
-    assert other[0].key != before[0].key and folder(tmp_path).task == tmp_path.name
+    assert other[0].key != before[0].key and folder(tmp_path).tasks == {tmp_path.name}
 
 
 def test_what_cannot_be_used_is_named(tmp_path):

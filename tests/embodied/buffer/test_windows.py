@@ -12,15 +12,16 @@ from embodied.buffer.sample.windows import METADATA, WindowIndex, WindowSpec
 from embodied.core.errors import ConfigError
 
 SPECS = st.builds(
-    lambda to, h, n, discount, metadata, rewards, to_go, future: WindowSpec(
+    lambda to, h, n, discount, metadata, rewards, to_go, success, future: WindowSpec(
         to,
         h,
         (STATE, IMAGE),
         n,
-        discount if n else 1.0,
+        min(discount, 0.9 if rewards == "cost" else 1.0) if n else 1.0,
         metadata,
         rewards=rewards,
-        return_to_go=to_go and (rewards != "cost" or (n > 0 and discount < 1)),
+        return_to_go=to_go and (rewards != "cost" or n > 0),
+        episode_success=success,
         future=future,
         future_keys=(IMAGE, STATE)[: len(future)],
     ),
@@ -30,6 +31,7 @@ SPECS = st.builds(
     st.sampled_from([0.0, 0.5, 0.9, 1.0]),
     st.sampled_from([(), METADATA, ("t_ns",)]),
     st.sampled_from(["recorded", "sparse", "cost"]),
+    st.booleans(),
     st.booleans(),
     st.sampled_from([(), (3,), (1, 4)]),
 )
@@ -119,7 +121,7 @@ def test_numbers_survive_removals(lengths, removed, seed):
         sizes = np.array(lengths[first : first + 4])
         rows = rng.permutation(1000)[: sizes.sum()] + 1000 * first
         selected = rng.random(len(rows)) < 0.7
-        index.add(rows, sizes, np.arange(len(sizes)) - 10 - first, selected)
+        index.add(rows, sizes, np.arange(len(sizes)) - 10 - first, selected, sizes % 2 == 0)
         cuts = np.cumsum(sizes)[:-1]
         parts = zip(np.split(rows, cuts), np.split(selected, cuts), strict=True)
         alive += [part[chosen].tolist() for part, chosen in parts]
@@ -159,6 +161,7 @@ def test_growing_array(parts):
         ({"n_step": 2, "discount": float("nan")}, "discount nan"),
         ({"discount": 0.9}, "nothing is discounted"),
         ({"return_to_go": True, "rewards": "cost"}, "no bound with rewards=cost and discount=1"),
+        ({"n_step": 2, "rewards": "cost"}, "no bound with rewards=cost and discount=1"),
         ({"observation_keys": ("return_to_go",)}, "names of other arrays"),
         ({"metadata": ("seed",)}, r"metadata \['seed'\] is unknown; known: intervention"),
         ({"observation_keys": ("a", "b", "a")}, "name one twice"),

@@ -103,13 +103,19 @@ def test_a_critic_learns_to_think_less_of_what_nobody_did():
 
 
 @pytest.mark.parametrize(
-    "asks", [{"only_successful": True}, {"conservatism": 0.1}, {"distil_successes": True}]
+    "asks, told",
+    [
+        ({}, (False, False)),
+        ({"only_successful": True}, (False, True)),
+        ({"conservatism": 0.1}, (True, False)),
+        ({"distil_successes": True}, (False, True)),
+    ],
 )
-def test_returns_to_go_are_asked_for_by_what_needs_them(asks):
+def test_what_an_episode_came_to_is_asked_for_by_what_needs_it(asks, told):
     spec = WindowSpec(1, 4, (STATE,))
-    assert not PARL(PARLConfig(only_successful=False)).windows(spec, 2).return_to_go
     found = PARL(PARLConfig(**{"only_successful": False, **asks})).windows(spec, 2)
-    assert found.return_to_go and (found.n_step, found.rewards) == (2, "cost")
+    assert (found.return_to_go, found.episode_success) == told
+    assert (found.n_step, found.rewards) == (2, "cost")
 
 
 def test_what_was_saved_goes_on_bit_for_bit(tmp_path):

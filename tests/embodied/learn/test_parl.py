@@ -131,7 +131,7 @@ def test_only_what_led_to_success_is_cloned_and_distilled(cloning_steps, metric)
 
     learner.policy.policy.loss = record
     for batch, failed in zip(batches(3), (slice(0, 20), slice(0, 0), slice(0, 32)), strict=True):
-        batch["return_to_go"][failed] = -1 / (1 - options.discount)
+        batch["episode_success"][failed] = False
         metrics = learner.update(batch)
         succeeded = np.delete(batch[STATE], failed, axis=0)
         assert (metric in metrics) == bool(len(succeeded))
@@ -140,11 +140,17 @@ def test_only_what_led_to_success_is_cloned_and_distilled(cloning_steps, metric)
     assert not told
 
 
+def test_a_single_candidate_that_would_always_be_the_recorded_one_is_refused():
+    with pytest.raises(ConfigError, match=r"distils the recorded action alone.*or keep 2"):
+        PARLConfig(improvement={"kept": 1})
+    assert PARLConfig(improvement={"kept": 1}, distil_data=False).improvement == {"kept": 1}
+
+
 def test_without_only_successful_failures_are_cloned_as_well():
     form = make_format(PARLConfig(cloning_steps=1, only_successful=False))
     learner = Learner(form.make({}), form, LEARNER, seed=1)
     (batch,) = batches(1)
-    del batch["return_to_go"]
+    del batch["episode_success"]
     assert learner.update(batch)["grad_norm"] > 0
 
 

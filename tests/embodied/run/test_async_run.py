@@ -9,11 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from sizes import full_only
 from tmpfs import in_tmpfs
 
 from embodied.buffer.read.replay import ReplayReader
+from embodied.buffer.serve.sink import LocalBuffer
+from embodied.core.episodes import Step
 from embodied.core.rundir import RunDir
 from embodied.run.config import load_train
 from embodied.weights.store import WeightStore
@@ -81,6 +84,26 @@ def recorded(run):
     reader.refresh()
     assert not reader.damaged
     return reader
+
+
+def acted(number, length=20):
+    """A successful episode of a policy on the point mass."""
+    rng = np.random.default_rng(number)
+    numbers = rng.uniform(-1, 1, (length + 1, 3, 2)).astype(np.float32)
+    return [
+        Step(
+            "robot",
+            number,
+            index,
+            {"observation.state": numbers[index, 0], "observation.environment_state": place},
+            numbers[index, 2],
+            task="pointmass",
+            success=index == length - 1,
+            terminated=index == length - 1,
+            final=index == length,
+        )
+        for index, place in enumerate(numbers[:, 1])
+    ]
 
 
 def assert_whole(run):
@@ -244,6 +267,25 @@ def test_roles_end_when_the_supervisor_is_killed(tmp_path):
         return not any(Path(f"/proc/{pid}").exists() for pid in role_pids(run).values())
 
     wait_for(gone)
+
+
+@pytest.mark.slow
+def test_what_a_policy_did_is_learned_from_without_any_demonstration(tmp_path):
+    source = tmp_path / "earlier"
+    with LocalBuffer(source) as buffer:
+        for number in range(3):
+            for step in acted(number):
+                buffer.add(step)
+    recorded = f"demonstrations.dataset={{name: recorded, path: {source}}}"
+    few = ("demonstrations.source=dataset", "demonstrations.episodes=null", recorded)
+    few += ("learner.steps=40", "evaluation.episodes=0", "evaluation.final_episodes=0")
+    cloning = (*few, "algorithm=filtered_bc", "algorithm.online=false")
+    code, output = finish(start(tmp_path / "run", *cloning))
+    assert code == 0, output
+    assert WeightStore(RunDir(tmp_path / "run").weights).latest_version()
+    code, output = finish(start(tmp_path / "none", *few, "algorithm=bc"))
+    said = " ".join(output.split())
+    assert code == 2 and "of 3 episodes the algorithm selects no step" in said
 
 
 def test_a_run_in_use_is_refused(tmp_path, monkeypatch):

@@ -299,3 +299,6 @@ def test_an_earlier_run_is_a_source_of_every_batch(finished, tmp_path, capsys):
     assert not (tmp_path / "wrong").exists()
     assert train(tmp_path / "name", "sampling.draw.name=recent") == 2
     assert "Did you mean 'recency'?" in capsys.readouterr().err
+    assert train(tmp_path / "name", "sampling.draw.name=prioritised") == 2
+    assert "no algorithm sets" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "name").exists()

@@ -64,6 +64,20 @@ def test_the_stored_policy_is_the_improved_one(finished):
     assert policy.critic.config.horizon == policy.spec.n_action_steps == 4
 
 
+def test_of_an_earlier_run_all_is_learned_from_that_would_be_of_its_own(finished, tmp_path):
+    earlier = ("+sampling.sources.earlier.path=" + str(finished.path), "learner.steps=60")
+    offline = ("evaluation.final_episodes=0", "evaluation.episodes=0")
+    assert train(tmp_path / "run", *earlier, *offline) == 0
+    windows = [row["windows"] for row in RunDir(tmp_path / "run").read("metrics", "learner")]
+    with ReplayReader(finished.buffer) as reader:
+        reader.refresh()
+        theirs = sum(
+            len(e.rows) for e in reader.finished() if e.success or e.interventions < len(e.rows)
+        )
+    own = finished.read("metrics", "learner")[0]["windows"]
+    assert windows[0] == own + theirs
+
+
 def test_a_run_that_was_interrupted_goes_on_in_its_phase(finished, tmp_path):
     assert train(tmp_path / "run", "learner.steps=160", "evaluation.final_episodes=0") == 0
     assert train(tmp_path / "run", "run.resume=true") == 0

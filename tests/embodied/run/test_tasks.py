@@ -4,13 +4,14 @@ import msgspec
 import numpy as np
 import pytest
 
+from embodied.buffer.read.replay import EpisodeInfo
 from embodied.cli.main import main
 from embodied.cli.report import write_report
 from embodied.core.errors import ConfigError, EmbodiedError
 from embodied.core.rundir import RunDir
 from embodied.run.build import demonstrations_wanted, films_of
 from embodied.run.config import load_train
-from embodied.run.demonstrating import Demonstrations, demonstrations_of
+from embodied.run.demonstrating import Demonstrations, demonstrations_of, recall
 from embodied.run.evaluate import summarise_tasks
 from embodied.run.rollout import Result, Rollout, Start
 from hal.group import make_group
@@ -43,6 +44,21 @@ def test_robots_take_the_tasks_in_turn_and_share_their_demonstrations():
             shared.left(row)
             shared.note(success=True, ticks=10 + row)
         assert not shared.owed and not shared.begin(0) and shared.longest_ticks == 9 + wanted
+
+
+def test_others_demonstrations_say_how_long_one_takes_and_are_not_counted():
+    mine = Demonstrations("pointmass", 2)
+
+    def episode(stream, ticks, task="pointmass", success=True, interventions=None):
+        rows = np.arange(ticks)
+        whole = ticks if interventions is None else interventions
+        return EpisodeInfo(stream, 0, task, 0, rows, ticks, True, success, whole, (0, 0))
+
+    recall({"me": mine}, [episode("me", 20), episode("other", 30)])
+    assert mine.owed and mine.longest_ticks == 30
+    recall({"me": mine}, [episode("a", 40, "pusht"), episode("a", 50, success=False)])
+    recall({"me": mine}, [episode("a", 60, interventions=59)])
+    assert mine.owed and mine.longest_ticks == 30
 
 
 def test_demonstrations_that_are_not_to_be_had_end_the_run():
