@@ -18,9 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Predict recorded episodes; keeps errors, pictures, films and a page, prints the errors."""
-    from embodied.cli.imagine_page import write_page
+    from embodied.cli.imagine_page import keep
     from embodied.core import config as core_config
-    from embodied.core.files import write_atomic
     from embodied.run.imagination.config import ImagineConfig
     from embodied.run.imagination.imagine import load
 
@@ -29,11 +28,7 @@ def run(options: argparse.Namespace) -> int:
         bar = progress.add_task("imagining", total=None)
         imagination = load(config)
         episodes = imagination.execute(lambda: progress.advance(bar))
-    summary = imagination.summarise(episodes)
-    output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
-    write_atomic(output / "imagination.json", msgspec.json.encode(summary))
-    page = write_page(output, episodes, imagination.keys, imagination.model, summary)
+    summary, page = keep(imagination, episodes)
     if options.json:
         Console(highlight=False).print(
             msgspec.json.encode(summary).decode(), markup=False, soft_wrap=True
@@ -60,18 +55,25 @@ def _print(summary: dict[str, Any], page: Path) -> None:
         console.print(table)
     if rolled["obstacle"] is not None:
         console.print(f"not rolled on: {rolled['obstacle']}", markup=False, soft_wrap=True)
-    row = summary["inverse"]
-    between = ""
-    if row["interval"] is not None:
-        low, high = row["interval"]
-        between = f" (95 % paired bootstrap over episodes {low:+.4g} to {high:+.4g})"
-    console.print(
-        f"actions (rms over {row['steps']} steps): {row['inverse_rmse']:.4g} given what was seen "
-        f"next, {row['policy_rmse']:.4g} by the policy; difference of the squares "
-        f"{row['difference']:+.4g}{between}",
-        markup=False,
-        soft_wrap=True,
-    )
+    if (row := summary["inverse"]) is not None:
+        between = ""
+        if row["interval"] is not None:
+            low, high = row["interval"]
+            between = f" (95 % paired bootstrap over episodes {low:+.4g} to {high:+.4g})"
+        console.print(
+            f"actions (rms over {row['steps']} steps): {row['inverse_rmse']:.4g} given what was "
+            f"seen next, {row['policy_rmse']:.4g} by the policy; difference of the squares "
+            f"{row['difference']:+.4g}{between}",
+            markup=False,
+            soft_wrap=True,
+        )
+    if summary["without_actions"]:
+        console.print(
+            f"without recorded actions: {', '.join(summary['without_actions'])}; what was inferred "
+            "is in …-actions.npz",
+            markup=False,
+            soft_wrap=True,
+        )
     if summary["too_short"]:
         console.print(f"episodes passed over, too short: {summary['too_short']}")
     console.print(f"page: {page}", markup=False, soft_wrap=True)

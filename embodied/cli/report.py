@@ -60,6 +60,7 @@ def _contents(run: RunDir) -> dict[str, Any]:
         "psnr": _line_plot([r for r in learner if "psnr" in r], "psnr", "PSNR (dB)", log=False),
         "figures": control_figures(run),
         "pictures": _pictures(run),
+        "imagined": _imagined(run),
         "films": _films(run),
         "metric": "max_coverage"
         if evaluations and "max_coverage" in evaluations[0]
@@ -181,6 +182,15 @@ def _pictures(run: RunDir) -> list[tuple[str, str]]:
         )
         for key, row in newest.items()
     ]
+
+
+def _imagined(run: RunDir) -> str:
+    """The page of what a world model predicts, its films found from the run's folder; empty if
+    there is none."""
+    page = run.path / "imagined" / "index.html"
+    if not page.exists():
+        return ""
+    return page.read_text().replace("<head>", '<head><base href="imagined/">', 1)
 
 
 def _films(run: RunDir) -> list[tuple[str, str]]:

@@ -77,6 +77,7 @@ def _run(run: RunDir, config: Any, console: Console) -> int:
     if not interrupted:
         console.print(f"policy: {_short(_export(run))}")
         _show_pictures(run, config)
+        _show_imagined(run, config, console)
     seconds = time.monotonic() - started_s
     run.event("run interrupted" if interrupted else "run finished", seconds=round(seconds, 1))
     if run.read("metrics", "learner") or run.read("metrics", "evaluation"):
@@ -139,6 +140,29 @@ def _show_pictures(run: RunDir, config: Any) -> None:
         run.metrics(
             "reconstruction", {"key": found.key, "psnr_db": found.psnr_db, "pictures": count}
         )
+
+
+def _show_imagined(run: RunDir, config: Any, console: Console) -> None:
+    """Keep what a world model, if that is what was trained, predicts of the newest episodes."""
+    from embodied.core.config import compose, convert, options_of
+    from embodied.core.errors import EmbodiedError
+
+    options = options_of("policies", config.policy, "policy")
+    if not options.future or not config.evaluation.imagined:
+        return
+    from embodied.cli.imagine_page import keep
+    from embodied.run.imagination.config import ImagineConfig
+    from embodied.run.imagination.imagine import load
+
+    overrides = [f"checkpoint={run.path}", f"output={run.path / 'imagined'}", "stride=4"]
+    overrides += [f"episodes={config.evaluation.imagined}", f"threads={config.learner.threads}"]
+    try:
+        imagination = load(convert(compose("imagine", overrides), ImagineConfig))
+        keep(imagination, imagination.execute())
+    except (
+        EmbodiedError
+    ) as error:  # the run is done; what it learned may not answer, or nothing fit
+        console.print(f"nothing is imagined: {error}", markup=False)
 
 
 def _directory(config: Any) -> Path:

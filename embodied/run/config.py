@@ -73,6 +73,8 @@ class EvaluationConfig(_Struct, frozen=True):
     episodes: per evaluation and task, on the same evaluation seeds each time. final_episodes: of
     the last weights. every_steps: at least this many gradient steps between two evaluations. rows:
     simulated robots of a task stepped together. videos: rollouts of a task filmed per evaluation.
+    imagined: of how many of the newest recorded episodes the report shows at the end what a world
+    model predicts.
     """
 
     episodes: int
@@ -80,6 +82,7 @@ class EvaluationConfig(_Struct, frozen=True):
     every_steps: int
     rows: int
     videos: int
+    imagined: int
 
 
 class BufferConfig(_Struct, frozen=True):

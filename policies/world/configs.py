@@ -1,6 +1,6 @@
 """Options of world models and of their parts; reading them does not load torch."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -38,8 +38,14 @@ class WorldConfig(ChunkConfig, frozen=True, forbid_unknown_fields=True, kw_only=
     latents: dict[str, Any] = msgspec.field(default_factory=lambda: {"name": "patches"})
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for options that contradict each other."""
-        self.solver_config()
+        """Raise ConfigError for options that contradict each other, or have no effect."""
+        if self.form == "diffusion":
+            self.solver_config()
+        elif (self.num_train_steps, self.timestep_spacing) != (100, "trailing"):
+            raise ConfigError(
+                "num_train_steps and timestep_spacing are of the diffusion; form: flow has none: "
+                "leave them out"
+            )
         gaussian = "gaussian" in (self.action_normalization, self.observation_normalization)
         if self.clip_sample and gaussian:
             raise ConfigError(
@@ -58,6 +64,13 @@ class WorldConfig(ChunkConfig, frozen=True, forbid_unknown_fields=True, kw_only=
     def learns_without_actions(self) -> bool:
         """See ChunkConfig: what is seen next, unless that has no weight."""
         return self.next_weight > 0
+
+    def untaught(self, known: Collection[str], want: Collection[str]) -> str:
+        """Why training does not teach to sample what is wanted, given what is known (of "actions"
+        and "next_obs"); empty if it does."""
+        if "next_obs" in want and not self.next_weight:
+            return "with policy.next_weight=0 nothing of what will be seen is learned"
+        return ""
 
     def future_keys(self, observation_keys: Iterable[str]) -> tuple[str, ...]:
         """See ChunkConfig; ConfigError if `predicts` names one that the policy does not read."""
@@ -188,11 +201,27 @@ class UVAConfig(WorldConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             )
         if len(set(self.modes)) < len(self.modes):
             raise ConfigError(f"modes {list(self.modes)} name one twice")
+        if self.inverse_history and "inverse" not in self.modes:
+            raise ConfigError(
+                f"inverse_history is about the mode inverse, which modes {list(self.modes)} lack"
+            )
 
     @property
     def learns_without_actions(self) -> bool:
         """See WorldConfig; by the mode that knows no actions and learns none."""
         return super().learns_without_actions and "video" in self.modes
+
+    def untaught(self, known: Collection[str], want: Collection[str]) -> str:
+        """See WorldConfig. Actions alone are not asked about: a policy always decides."""
+        needed: tuple[str, ...] = ()
+        if "next_obs" in want:
+            alone = ("video", "joint") if "actions" not in want else ("joint",)
+            needed = ("forward",) if "actions" in known else alone
+        elif "next_obs" in known:
+            needed = ("inverse",)
+        if needed and not set(needed) & set(self.modes):
+            return f"policy.modes={list(self.modes)} has no {' or '.join(needed)}"
+        return super().untaught(known, want)
 
     @property
     def future(self) -> tuple[int, ...]:

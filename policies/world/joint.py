@@ -31,10 +31,12 @@ class JointTransformer(nn.Module):
         horizon: int,
         groups: Sequence[tuple[int, int]],
         cond_dim: int,
+        last_time: float,
     ) -> None:
         """action_dim: D. horizon: H. cond_dim: C. groups: (L, P) of each kind of token; the next
-        observation, N numbers, is one group after the other."""
+        observation, N numbers, is one group after the other. last_time: of pure noise."""
         super().__init__()
+        self.last_time = last_time
         width = config.width
         self.horizon = horizon
         self.groups = tuple(groups)
@@ -70,7 +72,9 @@ class JointTransformer(nn.Module):
     def prepare(self, time_B: torch.Tensor, cond_BC: torch.Tensor) -> Context:
         """What modulates the blocks and the outlet, and all tokens but the chunk's (see Staged)."""
         if cond_BC.shape[-1] == self._parts[0]:
-            modulations = self._modulations(cond_BC, time_B, torch.ones_like(time_B))
+            modulations = self._modulations(
+                cond_BC, time_B, torch.full_like(time_B, self.last_time)
+            )
             return (*modulations, self._registers(len(cond_BC)))
         seen_BC, next_time_B1, next_BN = cond_BC.split(self._parts, dim=-1)
         modulations = self._modulations(seen_BC, time_B, next_time_B1[:, 0])

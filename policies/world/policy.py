@@ -85,15 +85,16 @@ class WorldPolicy(GenerativePolicy[W]):
             evaluate(self.network, x_BHD, self.time_of(log_snr), cond), self.form.kind
         )
 
-    @staticmethod
-    def _check_question(given: Mapping[str, object], want: set[str]) -> set[str]:
-        """Which are given; SpecError unless something else is wanted."""
+    def _check_question(self, given: Mapping[str, object], want: set[str]) -> set[str]:
+        """Which are given; SpecError unless something else is wanted, and training teaches it."""
         known = {name for name, value in given.items() if value is not None}
         if want not in _WANTED or want & known:
             raise SpecError(
                 f"want is {sorted(want)}, given are {sorted(known)}; want actions, next_obs or "
                 "both, and what is not given"
             )
+        if untaught := self.config.untaught(known, want):
+            raise SpecError(f"this world model never learned that: {untaught}")
         return known
 
     def _read_actions(self, actions: Array, rows: int) -> torch.Tensor:

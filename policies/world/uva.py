@@ -109,6 +109,7 @@ class UVA(WorldPolicy[UVAConfig]):
         acting_B = among(_LEARNS_ACTIONS) & ~(inverse_B & unseen_B)
         action_loss = valid_mean(error_BHD, pad_BH | ~acting_B[:, None])
         x_BSLP, time_BSL, target_BSLP = self._noised(later_BSLP, 3, rng)
+        x_BSLP = x_BSLP * self.frames.counts_LP  # what only fills tokens up says nothing
         error_BSLP = (self.video_head(x_BSLP, time_BSL, z_BSLW) - target_BSLP).square()
         learned_BL = hidden_BL & (among(_LEARNS_LATER) & ~unseen_B)[:, None]
         learned_B1LP = learned_BL[:, None, :, None] & self.frames.counts_LP
@@ -216,23 +217,31 @@ class UVA(WorldPolicy[UVAConfig]):
             if not hidden_BL.all():
                 z_BSLW = self._z(seen, later_BSLP, hidden_BL, actions_BHD)
             own_BSnW, own_BSnP = _gather(z_BSLW, chosen_Bn), _gather(start_BSLP, chosen_Bn)
-            found_BSnP = self._sample_tokens(own_BSnP, own_BSnW, generators)
+            counts_B1nP = self.frames.counts_LP[chosen_Bn][:, None]
+            found_BSnP = self._sample_tokens(own_BSnP, own_BSnW, counts_B1nP, generators)
             index = chosen_Bn[:, None, :, None].expand_as(found_BSnP)
-            later_BSLP = later_BSLP.scatter(2, index, found_BSnP) * self.frames.counts_LP
+            later_BSLP = later_BSLP.scatter(2, index, found_BSnP)
             hidden_BL = hidden_BL.scatter(1, chosen_Bn, False)
         return later_BSLP, z_BSLW
 
     def _sample_tokens(
-        self, start_BSnP: torch.Tensor, z_BSnW: torch.Tensor, generators: Generators
+        self,
+        start_BSnP: torch.Tensor,
+        z_BSnW: torch.Tensor,
+        counts_B1nP: torch.Tensor,
+        generators: Generators,
     ) -> torch.Tensor:
+        """Their values; 0 where they are only filled up."""
+
         def denoise(x_BQP: torch.Tensor, log_snr: float) -> Prediction:
-            x_BSnP = self.form.scaled(x_BQP, log_snr).view_as(start_BSnP)
+            x_BSnP = self.form.scaled(x_BQP, log_snr).view_as(start_BSnP) * counts_B1nP
             time = torch.as_tensor(self.time_of(log_snr)).to(x_BSnP)
             time_BSn = time.expand(x_BSnP.shape[:-1])
             out_BSnP = self.video_head(x_BSnP, time_BSn, z_BSnW)
             return Prediction(out_BSnP.flatten(1, 2).to(x_BQP), self.form.kind)
 
-        return self.solver(denoise, start_BSnP.flatten(1, 2), generators).view_as(start_BSnP)
+        found_BQP = self.solver(denoise, start_BSnP.flatten(1, 2), generators)
+        return found_BQP.view_as(start_BSnP) * counts_B1nP
 
     def _noised(
         self, clean: torch.Tensor, axes: int, rng: torch.Generator

@@ -27,6 +27,7 @@ from policies.chunk import valid_mean
 from policies.noise import Generators
 from policies.reading import Array, read, read_observations
 from policies.world.configs import UWMConfig
+from policies.world.forms import FORMS
 from policies.world.joint import JointTransformer
 from policies.world.policy import ACTIONS, NEXT_OBS, WorldPolicy, finite
 
@@ -58,7 +59,10 @@ class UWM(WorldPolicy[UWMConfig]):
         """See GenerativePolicy."""
         self.next = self.make_next()
         size, horizon = self.spec.action.size, self.spec.horizon
-        return JointTransformer(self.config, size, horizon, self.next.groups, self.encoder.dim)
+        last_time = FORMS[self.config.form](self.config).last
+        return JointTransformer(
+            self.config, size, horizon, self.next.groups, self.encoder.dim, last_time
+        )
 
     def encode(self, obs: Mapping[str, Array]) -> torch.Tensor:
         """See ChunkPolicy; with o′ open."""

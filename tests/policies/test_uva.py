@@ -367,6 +367,7 @@ def test_questions_and_options_that_make_no_sense_are_refused(make):
         ({"temperature": 0.95}, "only sampler: ddpm"),
         ({"sampler": "ddpm", "form": "flow"}, "form: flow is none"),
         ({"heads": 3}, "multiple of heads"),
+        ({"modes": ["policy"], "inverse_history": True}, "about the mode inverse"),
     ):
         with pytest.raises(ConfigError, match=match):
             build(make, **options)

@@ -167,8 +167,11 @@ def test_a_next_observation_that_is_left_out_has_no_tokens(make, form):
     policy.network.blocks[0].register_forward_pre_hook(
         lambda block, inputs: lengths.append(inputs[0].shape[1])
     )
+    times = []
+    policy.network.embed_time.register_forward_pre_hook(lambda m, given: times.append(given[0]))
     obs, seed = make.obs(3), np.array([4, 9, 4])
     acted = policy.act(None, obs, seed=seed)[1]
+    assert times and all((t == np.float32(policy.form.last)).all() for t in times[1::2])
     assert set(lengths) == {policy.spec.horizon + registers}
     chunk = policy.infer(obs, want={"actions"}, seed=seed)["actions"]
     np.testing.assert_allclose(chunk, acted, atol=1e-5)
@@ -282,6 +285,8 @@ def test_contradicting_options_are_refused(make):
         ({"form": "flow", "action_free": "unmasked"}, "form: flow does not predict"),
         ({"marginal_step": 100}, "less than num_train_steps=100"),
         ({"num_steps": 101}, "num_train_steps=100"),
+        ({"form": "flow", "num_train_steps": 50}, "form: flow has none"),
+        ({"form": "flow", "timestep_spacing": "leading"}, "form: flow has none"),
         ({"predicts": ["observation.stat"]}, "Did you mean 'observation.state'"),
     ):
         with pytest.raises(ConfigError, match=match):

@@ -9,10 +9,13 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 
 class PlannerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A planning policy to be made of the checkpoint (policies/world/planning.py). scorer: a
-    registered scorer and its options. proposals: for a decision."""
+    registered scorer and its options. proposals: for a decision. policy: a run or a policy's folder
+    that proposes; None: the checkpoint does. critic: one whose critic the scorer `critic` asks."""
 
     scorer: dict[str, Any]
     proposals: Count = 16
+    policy: str | None = None
+    critic: str | None = None
 
 
 class ImagineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -23,6 +26,8 @@ class ImagineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     episodes: the newest so many that are long enough, or names, stream/number. keys: which of the
     predicted ones are looked at; null for all. start: the tick at which rolling on begins. stride:
     ticks from one window to the next, of the predictions one chunk ahead and the actions inferred.
+    actions: whether recorded ones are given and compared with; false for another robot's, and as if
+    false where there are none, as in videos.
     planner: if given, the checkpoint with it is kept as OUTPUT/policy. output: a folder.
     """
 
@@ -33,6 +38,7 @@ class ImagineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     keys: tuple[str, ...] | None
     start: Annotated[int, msgspec.Meta(ge=0)]
     stride: Count
+    actions: bool
     planner: PlannerConfig | None
     batch_size: Count
     threads: Count

@@ -35,7 +35,8 @@ _INVERSE = ("inverse", "policy")
 class Imagined:
     """One episode. ahead: predictions one chunk ahead of ticks [W], [W, S, …] by key. rolled: those
     made of one another, [M, …] by key, which hold at rolled_ticks [M]; empty where that cannot be.
-    inverse, policy: actions [W, H, D] that are inferred with and without the next observation."""
+    Both along the recorded actions; along none where there are none. inverse, policy: actions
+    [W, H, D] that are inferred with and without the next observation."""
 
     recorded: Recorded
     ticks: np.ndarray
@@ -87,7 +88,7 @@ class Imagination:
             )
             for info in chosen:
                 recorded = read_episode(
-                    reader, info, self.model, self.model.predicted_keys, self._words
+                    reader, info, self.model, self._words, actions=self.config.actions
                 )
                 found.append(self._imagine(recorded, reach))
                 on_episode()
@@ -162,6 +163,7 @@ class Imagination:
             "version": self._version,
             "buffer": self.config.buffer or self.config.checkpoint,
             "episodes": [e.recorded.name for e in episodes],
+            "without_actions": [e.recorded.name for e in episodes if e.recorded.action_TD is None],
             "too_short": self.short,
             "units": {key: _unit(self.model, key) for key in self.keys},
             "one_chunk": _ahead_errors(episodes, self.keys, self.model.predicted_ticks),
@@ -169,15 +171,19 @@ class Imagination:
             "inverse": self._inverse_errors(episodes),
         }
 
-    def _inverse_errors(self, episodes: list[Imagined]) -> dict[str, Any]:
-        """Of the actions before the last predicted observation, which it depends on."""
+    def _inverse_errors(self, episodes: list[Imagined]) -> dict[str, Any] | None:
+        """Of the actions before the last predicted observation, which it depends on; None where
+        none were recorded."""
         steps = min(self.model.spec.horizon, max(self.model.predicted_ticks))
         errors: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
         for episode in episodes:
-            true = episode.recorded.chunks(episode.ticks)[:, :steps]
+            chunks = episode.recorded.chunks(episode.ticks)
+            if chunks is None:
+                continue
+            true = chunks[:, :steps]
             for rows, found in zip(errors, (episode.inverse, episode.policy), strict=True):
                 rows.append(squared_error(found[:, :steps], true))
-        return {"steps": steps, **compared(*errors, _INVERSE)}
+        return {"steps": steps, **compared(*errors, _INVERSE)} if errors[0] else None
 
 
 def load(config: ImagineConfig) -> Imagination:
@@ -217,8 +223,18 @@ def buffer_folder(where: str) -> Path:
 
 def _save_planned(policy: Any, model: Any, options: PlannerConfig, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    world = None if model is policy else model
-    made = planned(policy, options.scorer, world=world, proposals=options.proposals)
+    proposes = policy if options.policy is None else stored_policy(Path(options.policy))[0]
+    critic = None
+    if options.critic is not None:
+        critic = getattr(stored_policy(Path(options.critic))[0], "critic", None)
+        if critic is None:
+            raise ConfigError(
+                f"planner.critic={options.critic} has no critic; a run of parl, idql or rlpd does"
+            )
+    world = None if model is proposes else model
+    made = planned(
+        proposes, options.scorer, world=world, proposals=options.proposals, critic=critic
+    )
     save_policy(path, made)
 
 

@@ -20,19 +20,15 @@ from embodied.core.specs import PolicySpec
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """One episode. name: stream/number. observation: [T + 1, …] by key. instruction: bytes, none if
-    the model reads no instruction."""
+    """One episode. name: stream/number. observation: [T + 1, …] by key. length: T. instruction:
+    bytes, none if the model reads no instruction."""
 
     name: str
     spec: PolicySpec
     observation: dict[str, np.ndarray]
-    action_TD: np.ndarray
+    length: int
+    action_TD: np.ndarray | None
     instruction: np.ndarray
-
-    @property
-    def length(self) -> int:
-        """T."""
-        return len(self.action_TD)
 
     def histories(self, ticks: np.ndarray) -> dict[str, np.ndarray]:
         """What the model reads at ticks [W], each key [W, To, …]; the first observation stands in
@@ -49,9 +45,11 @@ class Recorded:
                 found[key] = self.observation[key][at]
         return found
 
-    def chunks(self, ticks: np.ndarray) -> np.ndarray:
-        """Recorded actions from ticks [W] on, [W, H, D]; behind the end the last one is repeated,
-        as in training."""
+    def chunks(self, ticks: np.ndarray) -> np.ndarray | None:
+        """Recorded actions from ticks [W] on, [W, H, D], if there are any; behind the end the last
+        one is repeated, as in training."""
+        if self.action_TD is None:
+            return None
         at = ticks[:, None] + np.arange(self.spec.horizon)
         return self.action_TD[np.minimum(at, self.length - 1)]
 
@@ -112,13 +110,15 @@ def read_episode(
     reader: ReplayReader,
     info: EpisodeInfo,
     model: WorldModel,
-    keys: Sequence[str],
     instruction: Callable[[str], str],
+    *,
+    actions: bool,
 ) -> Recorded:
-    """What the model reads of an episode, and these keys; instruction: from its task to words."""
+    """What the model reads of an episode and predicts. instruction: from its task to words.
+    actions: whether to read them; where all steps were held, as a video's are, there are none."""
     spec = model.spec
     read = [k.removeprefix(GOAL) for k in spec.observation if k != TASK]
-    names = tuple(dict.fromkeys((*read, *keys)))
+    names = tuple(dict.fromkeys((*read, *model.predicted_keys)))
     rows = np.append(info.rows, info.final_row)
     observation = reader.gather(names, rows)
     for key in names:
@@ -131,13 +131,15 @@ def read_episode(
     words = np.empty(0, np.uint8)
     if TASK in spec.observation:
         words = encode_instruction(instruction(info.task), spec.observation[TASK].size)
-    action_TD = reader.take("action", info.rows)
-    if action_TD.shape[1:] != spec.action.shape:
-        raise ConfigError(
-            f"the buffer's actions have shape {action_TD.shape[1:]}, the world model's "
-            f"{spec.action.shape}; take a buffer of the same robot"
-        )
-    return Recorded(_name(info), spec, observation, action_TD.astype(np.float32), words)
+    action_TD = None
+    if actions and not reader.take("held", info.rows).all():
+        action_TD = reader.take("action", info.rows).astype(np.float32)
+        if action_TD.shape[1:] != spec.action.shape:
+            raise ConfigError(
+                f"the buffer's actions have shape {action_TD.shape[1:]}, the world model's "
+                f"{spec.action.shape}; take a buffer of the same robot, or actions=false"
+            )
+    return Recorded(_name(info), spec, observation, len(info.rows), action_TD, words)
 
 
 def _name(info: EpisodeInfo) -> str:

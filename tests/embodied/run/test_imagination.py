@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from embodied.buffer.serve.sink import LocalBuffer
+from embodied.cli.imagine_page import keep
 from embodied.cli.main import main
 from embodied.core import config as core_config
+from embodied.core.episodes import Step
 from embodied.core.errors import ConfigError
 from embodied.run.imagination.config import ImagineConfig
 from embodied.run.imagination.errors import compared, squared_error
@@ -68,8 +71,8 @@ def imagination(run, *overrides):
 
 
 class PointMass:
-    """The point mass itself: 5 cm a tick in units of the action. What it would do is to stay; given
-    what is seen next, the mean action that leads there."""
+    """The point mass itself: 5 cm a tick in units of the action. What it would do is to stay, as it
+    does where no actions are given; given what is seen next, the mean action that leads there."""
 
     def __init__(self, spec, ticks):
         self.spec, self.predicted_ticks = spec, ticks
@@ -77,12 +80,13 @@ class PointMass:
 
     def infer(self, obs, *, actions=None, next_obs=None, want, seed):
         now = {key: torch.as_tensor(obs[key])[:, -1] for key in self.predicted_keys}
+        shape = (len(seed), self.spec.horizon, 2)
         if want == {"next_obs"}:
+            actions = torch.zeros(shape) if actions is None else actions
             moved = 0.05 * torch.as_tensor(actions).cumsum(dim=1)
             states = [now[STATE] + moved[:, tick - 1] for tick in self.predicted_ticks]
             goals = now[GOAL][:, None].repeat(1, len(states), 1)
             return {"next_obs": {STATE: torch.stack(states, dim=1), GOAL: goals}}
-        shape = (len(seed), self.spec.horizon, 2)
         if next_obs is None:
             return {"actions": torch.zeros(shape)}
         way = torch.as_tensor(next_obs[STATE])[:, -1] - now[STATE]
@@ -137,6 +141,60 @@ def test_the_command_keeps_errors_a_page_and_a_planner(run, tmp_path, capsys):
     assert planned.name == "planned" and planned.config.proposals == 4
     assert main(["imagine", f"checkpoint={out / 'policy'}", f"buffer={run}", f"output={out}"]) == 0
     assert "one chunk ahead" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("held, override", [(True, "actions=true"), (False, "actions=false")])
+def test_a_video_is_tracked_by_the_actions_that_lead_through_it(run, tmp_path, held, override):
+    with LocalBuffer(tmp_path / "seen") as buffer:
+        for index in range(31):
+            at = np.array([-1 + index / 20, 0.25], np.float32)
+            seen = {STATE: at, GOAL: np.zeros(2, np.float32)}
+            action = np.full(5, 7, np.float32)
+            buffer.add(Step("clip", 0, index, seen, action, held=held, final=index == 30))
+    where = f"buffer={tmp_path / 'seen'}"
+    if not held:
+        with pytest.raises(ConfigError, match=r"the same robot, or actions=false"):
+            imagination(run, where).execute()
+    spec = imagination(run).model.spec
+    out = f"output={tmp_path / 'out'}"
+    found = Imagination(options(run, where, override, out), PointMass(spec, (1, 8)), -1, str)
+    episodes = found.execute()
+    summary = found.summarise(episodes)
+    assert summary["without_actions"] == ["clip/0"] and summary["inverse"] is None
+    np.testing.assert_allclose(0.05 * episodes[0].inverse[..., 0].sum(axis=1), 8 / 20, rtol=1e-4)
+    summary, page = keep(found, episodes)
+    kept = np.load(page.parent / "clip-0-actions.npz", allow_pickle=False)
+    np.testing.assert_array_equal(kept["inverse"], episodes[0].inverse)
+    assert "Without recorded actions" in page.read_text()
+
+
+def test_another_policy_may_propose_and_a_critic_may_judge(run, tmp_path, capsys):
+    flow, parl = tmp_path / "flow", tmp_path / "parl"
+    chunks = ("policy.horizon=8", "policy.n_action_steps=4", "learner.steps=3")
+    small = ("+policy.network.width=16", "+policy.network.depth=1", *chunks)
+    assert main(["train", *TINY, *small, f"run.dir={flow}"]) == 0
+    few = ("algorithm=parl", "algorithm.cloning_steps=1", "algorithm.offline_steps=1")
+    assert main(["train", *TINY, *small, *few, f"run.dir={parl}"]) == 0
+    out = tmp_path / "out"
+    planner = f"planner={{policy: {flow}, critic: {parl}, scorer: {{name: critic}}, proposals: 3}}"
+    assert main(["imagine", f"checkpoint={run}", f"output={out}", planner]) == 0
+    made = load_policy(out / "policy")
+    assert (made.policy.name, made.world.name) == ("flow", "uwm")
+    critic = load_policy(parl / "policy").critic.state_dict()
+    for key, value in made.scorer.critic.state_dict().items():
+        assert torch.equal(value, critic[key]), key
+    capsys.readouterr()
+    wrong = f"planner={{critic: {flow}, scorer: {{name: critic}}}}"
+    assert main(["imagine", f"checkpoint={run}", f"output={out}", wrong]) == 2
+    assert "has no critic" in capsys.readouterr().err
+
+
+def test_the_report_of_a_run_shows_what_its_world_model_predicts(run):
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "What it imagines of recorded episodes" in page
+    assert "predictions of predictions" in page
+    assert len(list((run / "imagined").glob("*-actions.npz"))) == 2
 
 
 def test_predictions_are_those_of_the_windows(run):
