@@ -57,15 +57,16 @@ def main() -> None:
     if unknown := {*parts} - {*PARTS} | {*tasks} - {*TASKS}:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     seeds = [int(seed) for seed in options.seeds.split(",")]
-    study = Study(str(options.root), options.minutes, options.episodes, data=options.data)
+    fixed = {"data": options.data, "proposals": options.proposals}
+    study = Study(str(options.root), options.minutes, options.episodes, **fixed)
     if options.quick:
         root = f"{options.root}_quick"
         shutil.rmtree(root, ignore_errors=True)
-        small = {"horizon": 16, "limit": 12, "held": 2}
-        study, seeds = Study(root, 0.02, 2, data=options.data, **small), seeds[:1]
+        small = {"horizon": 16, "limit": 12, "held": 2, "proposals": 4}
+        study, seeds = Study(root, 0.02, 2, **(fixed | small)), seeds[:1]
     keep_fixed(Path(study.root) / "settings.json", study)
     work(study, parts, tasks, seeds, options.jobs)
-    for line in report(study, parts, tasks, seeds, 4 if options.quick else options.proposals):
+    for line in report(study, parts, tasks, seeds):
         print(line, flush=True)
 
 
@@ -90,7 +91,7 @@ def work(
 
 
 def report(
-    study: Study, parts: Sequence[str], tasks: Sequence[str], seeds: Sequence[int], proposals: int
+    study: Study, parts: Sequence[str], tasks: Sequence[str], seeds: Sequence[int]
 ) -> list[str]:
     """The wanted parts' tables; of trained world models, first what is asked of them."""
     torch.set_num_threads(1)
@@ -120,7 +121,7 @@ def report(
                 proposer, *worlds = (
                     Cell(study, "pusht", name, seed) for name in ("diffusion", *WORLDS)
                 )
-                chosen = rank(proposer, dict(zip(WORLDS, worlds, strict=True)), proposals)
+                chosen = rank(proposer, dict(zip(WORLDS, worlds, strict=True)))
                 for chooser, scores in chosen.items():
                     ranked.setdefault(chooser, []).append(scores)
             lines += table.ranking(ranked)

@@ -37,7 +37,8 @@ NO_STEP_LIMIT = 1 << 40
 class Study(msgspec.Struct, frozen=True):
     """What all cells share. minutes: of processor time, for each training. episodes, first_seed:
     start states. horizon: ticks of an episode, None for the task's own. data: folder of the PushT
-    demonstrations. limit: of those, None for all. held: most that are held back."""
+    demonstrations. limit: of those, None for all. held: most that are held back. proposals: of a
+    decision that somebody chooses for."""
 
     root: str
     minutes: float
@@ -47,6 +48,7 @@ class Study(msgspec.Struct, frozen=True):
     data: str = "../shared/data"
     limit: int | None = None
     held: int = 20
+    proposals: int = 16
 
     @property
     def seeds(self) -> range:

@@ -23,7 +23,7 @@ FIRST, SIMULATOR = "first", "simulator"
 TICKS = 300
 
 
-def rank(proposer: Cell, worlds: Mapping[str, Cell], proposals: int) -> dict[str, list[float]]:
+def rank(proposer: Cell, worlds: Mapping[str, Cell]) -> dict[str, list[float]]:
     """Greatest coverage of each start state by who chose; what is kept is not played again."""
     study = proposer.study
     run = RunDir(proposer.run.path.parent / f"ranking-{proposer.seed}")
@@ -33,7 +33,7 @@ def rank(proposer: Cell, worlds: Mapping[str, Cell], proposals: int) -> dict[str
             policy,
             load_policy(cell.policy),
             {"name": "goal", "targets": {ENVIRONMENT: GOAL}},
-            proposals,
+            study.proposals,
         )
         for name, cell in worlds.items()
     }
@@ -46,7 +46,7 @@ def rank(proposer: Cell, worlds: Mapping[str, Cell], proposals: int) -> dict[str
                 known = {row["seed"] for row in run.read("metrics", chooser)}
                 if known.issuperset(seeds):
                     continue
-                decide = chosen(chooser, policy, planners, seeds, proposals)
+                decide = chosen(chooser, policy, planners, seeds, study.proposals)
                 rows = Rows(len(seeds), SimConfig())
                 for driver, seed in zip(rows.drivers, seeds, strict=True):
                     driver.reset(seed)

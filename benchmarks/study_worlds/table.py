@@ -8,21 +8,24 @@ from benchmarks.study_worlds.tracking import MODES, Tracked
 from embodied.core.intervals import bootstrap_mean, paired_bootstrap
 
 BySeed = list[list[float]]
-"""Scores of the start states, for each training seed."""
+"""Scores of the start states, for each training seed. Intervals are over start states, each with
+the mean of its seeds: they hold for these trainings, and say nothing of others."""
 
 
 def said(found: BySeed) -> str:
     """All seeds together with their 95 % interval, then each."""
-    scores = [score for one in found for score in one]
+    scores = np.mean(found, axis=0).tolist()
     low, high = bootstrap_mean(scores)
     each = ", ".join(f"{np.mean(one):.3f}" for one in found)
     return f"{np.mean(scores):.3f} ({low:.3f}–{high:.3f}) [{each}]"
 
 
 def difference(a: BySeed, b: BySeed) -> str:
-    """Of the first from the second, over the same start states and seeds."""
-    pair = [[score for one in found for score in one] for found in (a, b)]
-    return "{:+.3f} (95 % {:+.3f} to {:+.3f})".format(*paired_bootstrap(pair[0], pair[1]))
+    """Of the first from the second, over the same start states and seeds; then by seed."""
+    first, second = (np.mean(found, axis=0).tolist() for found in (a, b))
+    each = ", ".join(f"{np.mean(x) - np.mean(y):+.3f}" for x, y in zip(a, b, strict=True))
+    mean, low, high = paired_bootstrap(first, second)
+    return f"{mean:+.3f} (95 % {low:+.3f} to {high:+.3f}) [{each}]"
 
 
 def scores(
@@ -59,7 +62,11 @@ def ranking(found: Mapping[str, BySeed]) -> list[str]:
 
 def tracking(found: Mapping[tuple[str, str], Sequence[Tracked]]) -> list[str]:
     """Predictions, inferred actions, and what became of both when executed."""
-    lines = ["\ntracking:", "", "| task | model | key, ticks | error | unchanged | difference |"]
+    lines = [
+        "\ntracking:",
+        "",
+        "| task | model | key, ticks | error (rms) | beside | difference of squares |",
+    ]
     lines.append("|---|---|---|---|---|---|")
     for (task, model), seeds in found.items():
         for tracked in seeds:

@@ -86,6 +86,11 @@ def test_the_other_tasks_are_runs_that_can_be(task):
 def test_differences_are_of_the_same_start_states_and_seeds():
     assert difference([[1.0, 0.0], [1.0, 0.0]], [[0.5, -0.5], [0.5, -0.5]]).startswith("+0.500 (95")
     assert said([[1.0, 0.0], [1.0, 1.0]]).endswith("[0.500, 1.000]")
+    # Two seeds that agree are no more evidence than one.
+    one, twice = [[0.0, 1.0, 1.0, 0.0]], [[0.0, 1.0, 1.0, 0.0]] * 2
+    assert said(one).split("[")[0] == said(twice).split("[")[0]
+    other = [[0.0, 0.0, 1.0, 0.0]]
+    assert difference(one, other).split("[")[0] == difference(twice, other * 2).split("[")[0]
 
 
 @pytest.mark.slow
@@ -94,16 +99,16 @@ def test_each_part_runs_and_is_not_done_twice(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     shutil.copy(EPISODES, data / TASKS["pusht"].file)
-    study = Study(str(tmp_path / "study"), 1e-4, 2, horizon=8, data=str(data), held=1)
+    study = Study(str(tmp_path / "study"), 1e-4, 2, horizon=8, data=str(data), held=1, proposals=2)
     names = {name for part in PARTS.values() for name in part.contenders}
     for name in sorted(names):
         assert "after" in work_on(Cell(study, "pusht", name, 1))
-    lines = report(study, list(PARTS), ["pusht"], [1], proposals=2)
+    lines = report(study, list(PARTS), ["pusht"], [1])
     printed = "\n".join(lines)
     for wanted in ("uwm − diffusion", "uwm, nothing shown", "tenth and free", "| simulator |"):
         assert wanted in printed
     assert "inverse − policy" in printed and "observation.environment_state, 16" in printed
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")}
-    assert report(study, list(PARTS), ["pusht"], [1], proposals=2) == lines
+    assert report(study, list(PARTS), ["pusht"], [1]) == lines
     work_on(Cell(study, "pusht", "uwm", 1))
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")}
