@@ -6,6 +6,7 @@ steps are read here, by name, and no others than STEPS are accepted.
 """
 
 import hashlib
+import importlib.util
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
@@ -31,13 +32,17 @@ PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.
 NORMALIZER, UNNORMALIZER = "normalizer_processor", "unnormalizer_processor"
 RENAMER, TOKENIZER = "rename_observations_processor", "tokenizer_processor"
 NEWLINES = ("smolvla_new_line_processor", "pi0_new_line_processor")
+STATE_PROMPT = "pi05_prepare_state_tokenizer_processor_step"
 ARRANGED = ("device_processor", "to_batch_processor")
 """Steps that arrange what is here arranged already."""
 
 STEPS = {
-    PREPROCESSOR: (*ARRANGED, *NEWLINES, NORMALIZER, RENAMER, TOKENIZER),
+    PREPROCESSOR: (*ARRANGED, *NEWLINES, NORMALIZER, RENAMER, STATE_PROMPT, TOKENIZER),
     POSTPROCESSOR: (*ARRANGED, UNNORMALIZER),
 }
+PATCHED = ("pi0", "pi05", "pi0_fast")
+"""Types that need a patched transformers."""
+
 BACKBONE = (
     "config.json",
     "tokenizer.json",
@@ -54,12 +59,14 @@ _ONE_MIB = 1 << 20
 
 
 class Tokenizing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How instructions become tokens. newline: each ends with one."""
+    """How instructions become tokens. newline: each ends with one. state_size: π0.5's prompt tells
+    the state as well, filled up to so many numbers; None for no such prompt."""
 
     max_length: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 512
     padding: Literal["longest", "max_length"] = "max_length"
     padding_side: Literal["left", "right"] = "right"
     newline: bool = False
+    state_size: Annotated[int, msgspec.Meta(ge=1, le=4096)] | None = None
 
 
 class Feature(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,6 +144,7 @@ def read_export(path: Path) -> Export:
     model = read_json(path / CONFIG)
     if "type" not in model:
         raise ConfigError(f"{path / CONFIG} has no type: it was not exported by LeRobot 0.4")
+    check_patched(str(model["type"]))
     if model.get("use_peft"):
         raise ConfigError(f"{path} holds a PEFT adapter alone: merge it into its policy first")
     before = {str(step.registry_name): step.config for step in _steps(path, PREPROCESSOR)}
@@ -156,7 +164,9 @@ def read_export(path: Path) -> Export:
         options = before[TOKENIZER]
         known = {k: options[k] for k in ("max_length", "padding", "padding_side") if k in options}
         newline = any(name in before for name in NEWLINES)
-        tokenizing = _typed({**known, "newline": newline}, Tokenizing, path / PREPROCESSOR)
+        size = before[STATE_PROMPT].get("max_state_dim", 32) if STATE_PROMPT in before else None
+        told = {**known, "newline": newline, "state_size": size}
+        tokenizing = _typed(told, Tokenizing, path / PREPROCESSOR)
     return Export(
         model=model,
         rename=renaming.rename_map,
@@ -164,6 +174,16 @@ def read_export(path: Path) -> Export:
         eps=normalizer.eps,
         tokenizing=tokenizing,
     )
+
+
+def check_patched(name: str) -> None:
+    """ConfigError if this type of policy needs a transformers that is not here."""
+    if name in PATCHED and importlib.util.find_spec("transformers.models.siglip.check") is None:
+        raise ConfigError(
+            f"LeRobot's '{name}' needs a patched transformers, one that has "
+            "transformers.models.siglip.check, which PyPI has not: install the one that LeRobot's "
+            "extra [pi] names"
+        )
 
 
 def read_statistics(path: Path) -> dict[str, np.ndarray]:

@@ -15,10 +15,7 @@ import torch
 from embodied.core.errors import ConfigError, CorruptDataError, MissingDependencyError
 from embodied.core.registry import unknown
 from policies.folder import MODEL, read_json
-from policies.lerobot.export import Export, backbone_sha256
-
-PATCHED = ("pi0", "pi05", "pi0_fast")
-"""Types that need a patched transformers."""
+from policies.lerobot.export import Export, backbone_sha256, check_patched
 
 WITHOUT = {
     "compile_model": False,
@@ -50,8 +47,7 @@ def make_model(export: Export, backbone: str | None) -> Any:
         _import("lerobot.utils.import_utils", "lerobot").register_third_party_plugins()
     if export.type not in known:
         raise unknown("LeRobot policy", export.type, known)
-    if export.type in PATCHED:
-        _check_patched(export.type)
+    check_patched(export.type)
     settings = {k: v for k, v in export.model.items() if k != "type"}
     settings |= {k: v for k, v in WITHOUT.items() if k in settings}
     if export.type == "diffusion":  # its chunks end where the execution does
@@ -114,15 +110,6 @@ def _offline() -> None:
     os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
     hub = _import("huggingface_hub", "lerobot")
     hub.constants.HF_HUB_OFFLINE = True
-
-
-def _check_patched(name: str) -> None:
-    if importlib.util.find_spec("transformers.models.siglip.check") is None:
-        raise ConfigError(
-            f"LeRobot's '{name}' needs a patched transformers, one that has "
-            "transformers.models.siglip.check, which PyPI has not: install the one that LeRobot's "
-            "extra [pi] names"
-        )
 
 
 def _backbone(export: Export, backbone: str | None) -> str:

@@ -27,6 +27,7 @@ from policies.lerobot.normalizer import LeRobotNormalizer
 from policies.normalizer import FeatureStats
 from policies.reading import Array, read, read_observations
 
+STATE = "observation.state"
 TOKENS, TOKEN_MASK = "observation.language.tokens", "observation.language.attention_mask"
 
 
@@ -184,7 +185,6 @@ class LeRobotPolicy(noise.TrainingNoise, nn.Module):
         batch: dict[str, torch.Tensor] = {}
         for key, value in read_BT.items():
             if key == TASK:
-                batch |= self._tokens(value[:, -1])
                 continue
             if self.spec.observation[key].dtype == "uint8":
                 value = value.movedim(-1, -3).float() / 255
@@ -192,17 +192,21 @@ class LeRobotPolicy(noise.TrainingNoise, nn.Module):
             batch[name] = self._normalized(name, value.float())
             if self.spec.n_obs_steps == 1 and self.config.export.type != "diffusion":
                 batch[name] = batch[name][:, 0]
-        return batch
+        return batch if TASK not in read_BT else batch | self._tokens(read_BT[TASK][:, -1], batch)
 
-    def _tokens(self, text_BL: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _tokens(
+        self, text_BL: torch.Tensor, batch: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         options = self.config.export.tokenizing
         assert options is not None
         texts: list[str] = []
-        for row in text_BL.cpu().numpy():
+        for at, row in enumerate(text_BL.cpu().numpy()):
             try:
                 text = row.tobytes().rstrip(b"\0").decode()
             except UnicodeDecodeError as error:
                 raise SpecError(f"{TASK} is no UTF-8: {error}") from error
+            if options.state_size is not None:
+                text = state_prompt(text, batch[STATE][at].cpu().numpy(), options.state_size)
             texts.append(text if not options.newline or text.endswith("\n") else text + "\n")
         found = self._tokenizer(
             texts,
@@ -246,6 +250,16 @@ class LeRobotPolicy(noise.TrainingNoise, nn.Module):
         if self.config.statistics == "exported" or self._normalizer(key) is None:
             return False
         return key not in features or features[key].type != "VISUAL"
+
+
+def state_prompt(text: str, state_D: np.ndarray, size: int) -> str:
+    """π0.5's prompt (Physical Intelligence 2025): the instruction and the state, in 256 bins of its
+    normalised range, filled up by zeros to `size` numbers."""
+    filled = np.zeros(size)
+    filled[: len(state_D)] = state_D
+    bins = np.digitize(filled, np.linspace(-1, 1, 257)[:-1]) - 1
+    words = text.strip().replace("_", " ").replace("\n", " ")
+    return f"Task: {words}, State: {' '.join(map(str, bins))};\nAction: "
 
 
 def _rows(batch: Mapping[str, torch.Tensor]) -> int:

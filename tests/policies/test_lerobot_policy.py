@@ -317,7 +317,9 @@ def test_what_cannot_be_made_is_refused_with_the_reason(tmp_path, monkeypatch):
         ({"type": "actt"}, r"unknown LeRobot policy 'actt'.*'act'"),
         ({"dim_modell": 3}, "dim_modell"),
         ({"vision_backbone": "vgg"}, "vgg"),
-        ({"type": "pi0"}, r"patched transformers.*transformers\.models\.siglip\.check"),
+        ({"type": "pi0"}, r"'pi0' needs a patched transformers.*models\.siglip\.check"),
+        ({"type": "pi05"}, r"'pi05' needs a patched transformers.*models\.siglip\.check"),
+        ({"type": "pi0_fast"}, r"'pi0_fast' needs a patched transformers"),
     ):
         (case.path / "config.json").write_text(json.dumps({**json.loads(original), **edit}))
         with pytest.raises(ConfigError, match=match):
