@@ -4,7 +4,8 @@
 
 Parts (contenders.py says who takes part, on which tasks):
 
-  policies   UWM and UVA as policies beside diffusion
+  policies   UWM and UVA as policies beside diffusion; UWM whose decisions have no tokens for what
+             is seen next
   future     with what is seen later, and without: UWM with the present shown in its place, or with
              nothing shown; UVA in its policy mode alone
   labels     labels in a tenth of the episodes, the others without actions, or left out

@@ -81,6 +81,7 @@ CONTENDERS = {
     "diffusion": Contender(DIFFUSION),
     "uwm": Contender(UWM),
     "uva": Contender(UVA),
+    "uwm, left out": Contender((*UWM, "policy.left_out=0.5")),
     "uwm, present shown": Contender(UWM, later="current"),
     "uwm, nothing shown": Contender(UWM, later="none"),
     "uva, policy mode": Contender((*UVA, "policy.modes=[policy]")),
@@ -105,7 +106,9 @@ class Part(msgspec.Struct, frozen=True):
 
 PARTS = {
     "policies": Part(
-        ("diffusion", *WORLDS), (("uwm", "diffusion"), ("uva", "diffusion")), tuple(TASKS)
+        ("diffusion", *WORLDS, "uwm, left out"),
+        (("uwm", "diffusion"), ("uva", "diffusion"), ("uwm, left out", "uwm")),
+        tuple(TASKS),
     ),
     "future": Part(
         ("uwm", "uwm, present shown", "uwm, nothing shown", "uva", "uva, policy mode"),

@@ -1,12 +1,17 @@
 """A run whose policy predicts what is seen after its actions."""
 
+import contextlib
+
+import numpy as np
 import pytest
+from served import Padded, ServerProcess, observations
 
 from embodied.cli.main import main
 from embodied.core.errors import ConfigError
 from embodied.core.rundir import RunDir
 from embodied.run.build import stored_policy, window_spec
 from embodied.run.config import load_train
+from embodied.weights.store import WeightStore
 
 SMALL = [
     "task=pointmass",
@@ -77,3 +82,34 @@ def test_a_run_draws_its_modes(tmp_path):
     assert {"loss", "action_loss", "next_loss"} <= row.keys()
     policy, _, _ = stored_policy(tmp_path / "run")
     assert policy.name == "uva" and policy.frames.tokens > 1
+
+
+@pytest.mark.parametrize("name", ["uwm", "uva"])
+def test_a_world_model_is_improved_by_a_critic_and_served(name, tmp_path):
+    uwm = ("policy.next_after", "+policy.depth", "policy=")
+    own = [x for x in SMALL if not x.startswith(uwm)]
+    own += ["policy=uwm", "+policy.depth=1"] if name == "uwm" else ["policy=uva"]
+    phases = ("algorithm.cloning_steps=20", "algorithm.offline_steps=20", "learner.steps=80")
+    critic = ("algorithm.critic.width=16", "algorithm.critic.members=2")
+    chosen = ("algorithm.improvement.proposals=2", "algorithm.improvement.kept=2")
+    acting = ("actors.count=1", "actors.ticks_per_round=20", "learner.steps_per_round=10")
+    learning = ("algorithm=parl", *phases, *critic, *chosen, *acting, "learner.publish_every=10")
+    run = RunDir(tmp_path / "run")
+    assert main(["train", *own, *learning, f"run.dir={run.path}"]) == 0
+    assert any(row["version"] >= 1 for row in run.read("metrics", "actor0"))
+    assert "policy_loss" in run.read("metrics", "learner")[-1]
+    store = WeightStore(run.weights)
+    first, last = (store.load(version)[0] for version in (1, store.latest_version()))
+    assert any(not np.array_equal(first[key], last[key]) for key in first if "policy." in key)
+
+    improved, _, _ = stored_policy(run.path)
+    assert (improved.name, improved.policy.name) == ("improved", name)
+    obs, seed = observations(3, 0), np.arange(3)
+    wanted = Padded(improved).act(improved.init(3), obs, seed=seed)[1]
+    server = ServerProcess(tmp_path, run.path)
+    try:
+        with contextlib.closing(server.connect(patience_s=60)) as remote:
+            served = remote.act(remote.init(3), obs, seed=seed)[1]
+    finally:
+        server.close()
+    np.testing.assert_allclose(served, wanted, atol=1e-5)
