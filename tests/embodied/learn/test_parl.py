@@ -1,8 +1,5 @@
 """Policy-agnostic RL: its phases, its backup against a closed form, and what survives a restart."""
 
-import math
-from typing import Any
-
 import msgspec
 import numpy as np
 import pytest
@@ -11,8 +8,6 @@ from actor_critics import (
     HEADS,
     LEARNER,
     STATE,
-    STATS,
-    Parabola,
     assert_goes_on,
     batches,
     chain,
@@ -23,14 +18,10 @@ from actor_critics import (
 
 from embodied.core.config import convert
 from embodied.core.errors import ConfigError, EmbodiedError
-from embodied.core.specs import ArraySpec, DeviceSpec
 from embodied.learn.config import PARLConfig
 from embodied.learn.learner import Learner, PolicyFormat
 from embodied.learn.updates.parl import PARLUpdates
-from policies.build import build_policy
 from policies.checkpoint import policy_from_state, policy_state
-from policies.critics.configs import CriticConfig, ImprovementConfig
-from policies.improved import ImprovedConfig, ImprovedPolicy, StoredCritic
 
 PHASES = PARLConfig(cloning_steps=4, offline_steps=3, critic_steps=2)
 
@@ -200,64 +191,3 @@ def test_the_backup_converges_to_the_values_of_the_best_actions(head):
         learner.update(batch)
     expected = np.array([[-2.71, -1.9], [-2.71, -1.0], [-1.9, 0.0]])
     np.testing.assert_allclose(chain_values(policy.critic), expected, atol=0.1)
-
-
-SOLVERS = {
-    "flow": {"solver": "heun", "num_steps": 20},
-    "diffusion": {"scheduler": "dpmsolver++", "num_steps": 20},
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SOLVERS)
-def test_a_distilled_policy_follows_the_exponential_tilt(name):
-    """methods.md D4.1: N(μ, σ²) tilted by exp Q is normal again, its precision 1/σ² + 1/τ²."""
-    mean, sigma, centre, scale = -0.2, 0.25, 0.5, 0.3
-    device = DeviceSpec({STATE: ArraySpec((3,))}, ArraySpec((1,), low=(-1.0,), high=(1.0,)), 10.0)
-    chunks = {"n_obs_steps": 1, "horizon": 1, "n_action_steps": 1, **SOLVERS[name]}
-    config = msgspec.structs.replace(LEARNER, learning_rate=3e-3, steps=1500, ema_decay=0.999)
-    form = PolicyFormat((), lambda _: None, policy_state, policy_from_state)
-    obs = {STATE: np.zeros((256, 1, 3), np.float32)}
-
-    def train(draw, seed) -> Any:
-        network = {"name": "mlp", "width": 64, "depth": 2, "time_dim": 32}
-        made = build_policy(
-            name, {**chunks, "network": network}, device, [STATE], {STATE: STATS}, seed=seed
-        )
-        learner = Learner(made, form, config, seed=seed)
-        while not learner.done:
-            labels = draw(learner.step).astype(np.float32).reshape(256, 1, 1)
-            pads = np.zeros((256, 1), bool)
-            learner.update({**obs, "action": labels, "action_is_pad": pads})
-        return policy_from_state(*learner.weights())
-
-    def moments(policy):
-        drawn = policy.sample(obs, 32, seed=0)
-        return float(drawn.mean()), float(drawn.std())
-
-    rng = np.random.default_rng(0)
-    base = train(lambda step: rng.normal(mean, sigma, 256), 1)
-    assert moments(base) == pytest.approx((mean, sigma), abs=0.02)
-    policy = ImprovedPolicy(
-        base.spec,
-        ImprovedConfig(
-            policy={},
-            critic=StoredCritic(spec={}, options=CriticConfig(head={"name": "scalar"}, horizon=1)),
-            improvement=ImprovementConfig(proposals=64, kept=64, steps=0),
-        ),
-        base,
-        Parabola(base.spec, centre, scale),  # type: ignore[arg-type]
-    )
-    pool = np.concatenate(
-        [
-            policy.optimised(obs, base.sample(obs, 64, seed=seed), seed=seed, temperature=1.0)
-            .numpy()
-            .ravel()
-            for seed in range(16)
-        ]
-    )
-    precision = 1 / sigma**2 + 1 / scale**2
-    expected = (mean / sigma**2 + centre / scale**2) / precision, math.sqrt(1 / precision)
-    assert (pool.mean(), pool.std()) == pytest.approx(expected, abs=0.02)
-    distilled = train(lambda step: rng.choice(pool, 256), 2)
-    assert moments(distilled) == pytest.approx(expected, abs=0.03)
