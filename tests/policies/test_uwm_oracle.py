@@ -4,18 +4,21 @@ import numpy as np
 import pytest
 import torch
 from scalar_system import (
+    CELLS,
     COVARIANCE,
     MEAN,
     MODES,
-    N,
     SAMPLED,
     STATE,
+    N,
     ideal,
-    infer,
+    losses_at,
     moments,
     scalar,
     system,
 )
+
+from policies import noise
 
 EXACT = {
     "policy": (-0.4, 0.09),
@@ -59,6 +62,15 @@ def test_the_loss_of_the_ideal_network_is_the_floor():
     assert metrics["loss"] == pytest.approx(0.33899, abs=0.005)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_at_any_two_times_the_ideal_network_has_its_floor(cell):
+    policy = ideal()
+    floor = policy.network.floor(torch.tensor([cell]))[0]
+    assert floor.tolist() == pytest.approx(CELLS[cell], abs=6e-6)
+    found = losses_at(policy, cell, system(200_000))
+    assert found == pytest.approx(CELLS[cell], rel=0.02, abs=1e-7)
+
+
 def test_the_objective_given_the_next_observation_has_its_own_floor():
     policy, rows = ideal(), 100_000
     batch = system(rows)
@@ -74,6 +86,23 @@ def test_the_objective_given_the_next_observation_has_its_own_floor():
         rest_N = (1 - policy.network.alpha_bar_N).sqrt()
         floor = (1 - gain_N22[:, 0, 0] * rest_N).mean().item()
         assert policy.objective(a, cond_BC, rng).mean().item() == pytest.approx(floor, abs=0.006)
+
+
+def test_what_is_open_has_no_say_in_a_decision_and_what_is_known_has():
+    """Noise says nothing at the last time, something before it, and at the first it is known."""
+    rows = 64
+    start_BHD = noise.start_noise(list(range(rows)), 1, 1).double()
+
+    def moved(step):
+        policy = ideal(marginal_step=step)
+        seen_BC = policy.encode({STATE: np.ones((rows, 1, 1), np.float32)})
+        seeds = [list(range(first, first + rows)) for first in (1000, 2000)]
+        drawn = [policy.drawn(seen_BC, source) for source in seeds]
+        assert not torch.equal(*drawn)
+        first, second = (policy.integrate(start_BHD, cond_BC, None) for cond_BC in drawn)
+        return (first - second).abs().mean().item()
+
+    assert moved(None) < 1e-4 < 5e-3 < moved(90) < 0.05 and moved(0) > 1
 
 
 @pytest.mark.parametrize("form", ["diffusion", "flow"])
