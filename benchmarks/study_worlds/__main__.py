@@ -1,6 +1,6 @@
 """World models beside a diffusion policy of the same transformer, in equal processor time.
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.study_worlds --jobs 2       # two hours
+    OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.study_worlds --jobs 2       # three hours
 
 Parts (contenders.py says who takes part, on which tasks):
 
@@ -45,9 +45,9 @@ def main() -> None:
     )
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
     parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated")
-    parser.add_argument("--seeds", default="1,2", help="of weights and batches")
+    parser.add_argument("--seeds", default="1", help="of weights and batches")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--minutes", type=float, default=3.0, help="of each training")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of each training")
     parser.add_argument("--episodes", type=int, default=50, help="start states")
     parser.add_argument("--proposals", type=int, default=16, help="of the part ranking")
     parser.add_argument("--data", default="../shared/data", help="folder of the PushT files")
