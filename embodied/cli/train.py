@@ -159,9 +159,7 @@ def _show_imagined(run: RunDir, config: Any, console: Console) -> None:
     try:
         imagination = load(convert(compose("imagine", overrides), ImagineConfig))
         keep(imagination, imagination.execute())
-    except (
-        EmbodiedError
-    ) as error:  # the run is done; what it learned may not answer, or nothing fit
+    except EmbodiedError as error:  # the run is done all the same
         console.print(f"nothing is imagined: {error}", markup=False)
 
 

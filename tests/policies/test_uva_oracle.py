@@ -41,10 +41,10 @@ def signs(rows, seed):
 
 
 CHUNKS = {
-    "uva, steps": ("uva", {"modes": ["policy"], "action_head": "steps"}),
-    "uva, joint": ("uva", {"modes": ["policy"], "action_head": "joint"}),
-    "uwm": ("uwm", {"form": "flow", "width": 32, "depth": 1, "time_dim": 32}),
-    "diffusion": ("diffusion", {"network": {"name": "mlp", "width": 128, "depth": 2}}),
+    "uva, steps": ("uva", {"modes": ["policy"], "action_head": "steps"}, 250),
+    "uva, joint": ("uva", {"modes": ["policy"], "action_head": "joint"}, 250),
+    "uwm": ("uwm", {"form": "flow", "width": 32, "depth": 1, "time_dim": 32}, 500),
+    "diffusion": ("diffusion", {"network": {"name": "mlp", "width": 128, "depth": 2}}, 1000),
 }
 
 
@@ -53,9 +53,8 @@ CHUNKS = {
 def test_given_z_the_published_head_knows_nothing_of_other_actions(name):
     """Its signs are independent, so that all agree in one chunk of 2¹⁵; those of the joint head and
     of the policies that denoise chunks as wholes agree."""
-    kind, options = CHUNKS[name]
-    policy = scalar(16, kind, **options)
-    train(policy, lambda step: signs(64, step), 250)
+    kind, options, steps = CHUNKS[name]
+    policy = train(scalar(16, kind, **options), lambda step: signs(64, step), steps)
     chunks_BHD = policy.sample({STATE: np.zeros((1, 1, 1), np.float32)}, 400, seed=0)[0]
     assert (chunks_BHD.abs() > 0.5).float().mean() > 0.9
     positive_B = (chunks_BHD > 0).float().mean(dim=(1, 2))
