@@ -233,11 +233,12 @@ class UVAConfig(WorldConfig, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 class PatchesConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Sizes of pixel patches.
 
-    patch: side in pixels. shrink: by how much pictures are made smaller before, averaging.
+    patch: side in pixels; its 3 · patch² numbers must not be more than the network is wide.
+    shrink: by how much pictures are made smaller before, averaging.
     """
 
-    patch: Annotated[int, msgspec.Meta(ge=1, le=64)] = 12
-    shrink: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
+    patch: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
+    shrink: Annotated[int, msgspec.Meta(ge=1, le=64)] = 3
 
 
 class GoalScorerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

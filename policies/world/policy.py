@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from embodied.core.config import component
-from embodied.core.errors import SpecError
+from embodied.core.errors import ConfigError, SpecError
 from embodied.core.protocols import Prediction
 from embodied.core.registry import unknown
 from embodied.core.specs import PolicySpec
@@ -59,6 +59,16 @@ class WorldPolicy(GenerativePolicy[W]):
             self.config = msgspec.structs.replace(self.config, latents=named)
         latents = {key: made[sizes[key]] for key in shown}
         return NextObservation(self.spec, keys, len(self.config.future), latents)
+
+    def _check_width(self, size: int, width: int, option: str) -> None:
+        """ConfigError unless the noise of a token of so many numbers passes through the network,
+        which predicts it: of P numbers all but the width would be lost, and samples be noise."""
+        if size > width:
+            raise ConfigError(
+                f"a token of what is predicted has {size} numbers, and policy.{option}={width} "
+                "lets no more pass than that: lower policy.latents.patch and raise its shrink, or "
+                f"raise policy.{option}"
+            )
 
     @property
     def predicted_keys(self) -> tuple[str, ...]:

@@ -61,6 +61,7 @@ class UVA(WorldPolicy[UVAConfig]):
             else:
                 keys.append((size, config.token_size))
         self.frames = Frames(keys)
+        self._check_width(self.frames.size, config.head_width, "head_width")
         states = [key for key in self.encoder.states if key in self.next.keys]
         history = spec.n_obs_steps * sum(spec.observation[key].size for key in states)
         grid = (config.frames, self.frames.tokens, self.frames.size)

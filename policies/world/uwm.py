@@ -58,6 +58,7 @@ class UWM(WorldPolicy[UWMConfig]):
     def make_network(self) -> JointTransformer:
         """See GenerativePolicy."""
         self.next = self.make_next()
+        self._check_width(max(size for _, size in self.next.groups), self.config.width, "width")
         size, horizon = self.spec.action.size, self.spec.horizon
         last_time = FORMS[self.config.form](self.config).last
         return JointTransformer(

@@ -15,7 +15,7 @@ from policies.build import build_policy
 
 STATE, TOP = "observation.state", "observation.images.top"
 SMALL = {
-    "patches": {"name": "patches", "patch": 4},
+    "patches": {"name": "patches", "patch": 4, "shrink": 1},
     "vae": {"name": "vae", "patch": 2},
     "diffusers": {"name": "diffusers", "patch": 2},
 }
@@ -39,7 +39,7 @@ def policy(crop=0.8, options=SMALL["patches"], **images):
         "horizon": 4,
         "n_action_steps": 2,
         "next_obs_steps": 2,
-        "width": 16,
+        "width": 48,
         "depth": 1,
         "heads": 2,
         "time_dim": 16,
@@ -77,7 +77,7 @@ def test_every_registered_one_says_its_sizes_and_leads_back(name, tmp_path):
 
 
 def test_patches_are_the_pixels_of_their_places():
-    made = latents({"name": "patches", "patch": 4})
+    made = latents({"name": "patches", "patch": 4, "shrink": 1})
     assert (made.tokens, made.size) == (4 * 6, 3 * 16)
     pictures = torch.arange(3 * 16 * 24, dtype=torch.float32).view(1, 3, 16, 24)
     tokens = made.encode(pictures, None)

@@ -33,22 +33,22 @@ ALONE = {
         "expert": {"width": 16, "heads": 2},
     },
     "uwm": {
-        "width": 16,
+        "width": 32,
         "depth": 1,
         "heads": 2,
         "time_dim": 16,
-        "latents": {"name": "patches", "patch": 3},
+        "latents": {"name": "patches", "patch": 3, "shrink": 1},
     },
     "uva": {
-        "width": 16,
+        "width": 32,
         "heads": 2,
         "encoder_depth": 1,
         "decoder_depth": 1,
-        "head_width": 16,
+        "head_width": 32,
         "time_dim": 16,
         "frames": 1,
         "drawn": "row",
-        "latents": {"name": "patches", "patch": 3},
+        "latents": {"name": "patches", "patch": 3, "shrink": 1},
     },
 }
 

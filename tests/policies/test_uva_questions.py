@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from embodied.core.errors import SpecError
-from tests.policies.test_uva import batch_of, build, later, observed
+from embodied.core.errors import ConfigError, SpecError
+from embodied.core.specs import ArraySpec, DeviceSpec
+from policies.build import build_policy
+from tests.policies.test_uva import STATE, batch_of, build, later, observed
 
 
 def test_what_only_fills_tokens_up_says_nothing_in_training_and_sampling(make):
@@ -39,3 +41,12 @@ def test_what_no_mode_teaches_is_not_answered(make, modes, question, missing):
     with pytest.raises(SpecError, match=f"never learned that.*has no {missing}"):
         policy.infer(observed(policy, batch), seed=np.arange(2), **asked)
     policy.infer(observed(policy, batch), want={"actions"}, seed=np.arange(2))
+
+
+@pytest.mark.parametrize("name, option", [("uwm", "width"), ("uva", "head_width")])
+def test_noise_that_cannot_pass_through_the_network_is_refused(name, option):
+    device = DeviceSpec({STATE: ArraySpec((40,))}, ArraySpec((2,), low=(-1.0,), high=(1.0,)), 10.0)
+    sizes = {"token_size": 40, "frames": 1, "head_width": 39} if name == "uva" else {"width": 39}
+    heads = {"heads": 3, "width": 39} if name == "uwm" else {}
+    with pytest.raises(ConfigError, match=f"has 40 numbers, and policy.{option}=39"):
+        build_policy(name, {**sizes, **heads}, device, [STATE], {}, seed=0)

@@ -49,7 +49,7 @@ EYES = [
     "policy/images=vit",
     "policy.images.crop=0.5",
     "+policy.images.encoder={patch: 6, width: 16, depth: 1, heads: 2, features: 16}",
-    "+policy.latents.patch=4",
+    "+policy.latents.patch=2",
     "observations=[observation.state,'observation.images.*']",
 ]
 

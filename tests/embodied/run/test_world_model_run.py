@@ -62,15 +62,15 @@ def test_a_run_predicts_pictures(tmp_path):
         "policy/images=vit",
         "policy.images.crop=1.0",
         "+policy.images.encoder={patch: 6, width: 16, depth: 1, heads: 2, features: 16}",
-        "+policy.latents.patch=4",
-        "+policy.latents.shrink=2",
+        "+policy.latents.patch=2",
+        "+policy.latents.shrink=4",
         "observations=[observation.state, 'observation.images.*']",
         "algorithm=bc",
         "learner.precision=bfloat16",
     ]
     assert main(["train", *SMALL, *eyes, f"run.dir={tmp_path / 'run'}"]) == 0
     policy, _, _ = stored_policy(tmp_path / "run")
-    assert policy.next.groups == ((1, 2), (9, 48))
+    assert policy.next.groups == ((1, 2), (9, 12))
 
 
 def test_a_run_draws_its_modes(tmp_path):
