@@ -49,7 +49,7 @@ class Film:
 
 
 def write_film(path: Path, pictures: Iterable[np.ndarray], fps: float) -> None:
-    """Write pictures [H, W, 3], uint8, as mp4, scaled to sides that are multiples of 16."""
+    """Write pictures [H, W, 3], uint8, as mp4; their edges are repeated to multiples of 16."""
     import imageio.v2 as imageio
 
     temporary = path.with_name(f".{path.name}")
@@ -58,5 +58,6 @@ def write_film(path: Path, pictures: Iterable[np.ndarray], fps: float) -> None:
     )
     with film:
         for picture in pictures:
-            film.append_data(picture)
+            below, right = (-side % 16 for side in picture.shape[:2])
+            film.append_data(np.pad(picture, ((0, below), (0, right), (0, 0)), mode="edge"))
     temporary.rename(path)
