@@ -46,7 +46,7 @@ PICTURES = (
     "+policy.images.encoder.depth=2",
 )
 PATCHES = ("+policy.latents.patch=4", "+policy.latents.shrink=3", "policy.form=flow")
-"""Of pictures cropped to 84 × 84 pixels: 49 tokens; velocities are learned much sooner than noise."""
+"""Of 84 × 84 pixels: 49 tokens, whose velocities are learned much sooner than their noise."""
 
 DIFFUSION = (
     "policy=diffusion",
