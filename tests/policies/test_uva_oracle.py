@@ -60,7 +60,6 @@ def test_given_z_the_published_head_knows_nothing_of_other_actions(name):
     positive_B = (chunks_BHD > 0).float().mean(dim=(1, 2))
     assert positive_B.mean().item() == pytest.approx(0.5, abs=0.15)
     agree = ((positive_B == 0) | (positive_B == 1)).float().mean().item()
-    print(name, agree, (chunks_BHD.abs() > 0.5).float().mean(), positive_B.mean())
     assert agree < 0.02 if name == "uva, steps" else agree > 0.9
 
 
