@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.cloning import Demonstrations
 from benchmarks.study_worlds.cells import Cell, Study
-from benchmarks.study_worlds.pusht import ENVIRONMENT, GOAL, STATE, Rows, outcome
+from benchmarks.study_worlds.pusht import ENVIRONMENT, GOAL, STATE, Rows
 from benchmarks.study_worlds.ranking import FIRST, SIMULATOR, chosen
 from benchmarks.study_worlds.tracking import by_mode, put
 from embodied.core.episodes import Step
@@ -136,6 +136,22 @@ def taken(pool_BnHD, chunks_BHD):
     return same_Bn.argmax(axis=1).tolist()
 
 
+def end(driver, chunk_HD):
+    made = driver.twin()
+    for action_D in chunk_HD:
+        made.drive(action_D)
+        made.step_time()
+    return made.sense()[ENVIRONMENT]
+
+
+def test_the_goal_is_where_the_block_covers_its_mark(rows):
+    driver = rows.drivers[0]
+    x, y, sine, cosine = GOAL
+    driver.set_state(np.array([20.0, 20.0]), np.array([x, y]), np.arctan2(sine, cosine))
+    np.testing.assert_allclose(driver.sense()[ENVIRONMENT], GOAL, atol=0.1)
+    assert driver.signals()["coverage"] > 0.99
+
+
 def test_whoever_chooses_takes_the_proposal_that_ends_nearest_to_the_goal(
     make, rows, demonstrations, monkeypatch
 ):
@@ -158,7 +174,7 @@ def test_whoever_chooses_takes_the_proposal_that_ends_nearest_to_the_goal(
     assert len(pools) == 4 and all(torch.equal(one, pool_BnHD) for one in pools)
     assert taken(pool_BnHD, found[FIRST]) == [0, 0, 0]
     ends = [
-        [outcome(driver, chunk) for chunk in own]
+        [end(driver, chunk) for chunk in own]
         for driver, own in zip(rows.drivers, pool_BnHD.numpy(), strict=True)
     ]
     distance_Bn = np.linalg.norm(np.array(ends) - np.array(GOAL), axis=2)
